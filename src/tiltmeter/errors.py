@@ -1,0 +1,101 @@
+"""Every error that tiltmeter raises on purpose, and the helper for missing extras.
+
+    TiltmeterError
+    ├── InputError(ValueError)             an argument or a file's content is not usable
+    │   ├── ArtifactError                  a file of ours is missing, truncated, foreign or of another version
+    │   ├── ModelError                     a model cannot be loaded or lacks what is needed (template, blocks)
+    │   ├── LayerError                     a layer index outside the model
+    │   ├── FingerprintMismatch            an artifact was made from another model
+    │   └── AdapterError                   an adapter belongs to another base, or does nothing
+    ├── NumericalError(ArithmeticError)    NaN or infinity where a number was needed
+    ├── StorageError(OSError)              a result could not be written (disk full, no permission)
+    ├── JudgeError(RuntimeError)           a judge cannot be used at all (one failed answer is Unscored instead)
+    │   └── BudgetExceeded                 the next call would pass the stated budget
+    └── MissingExtra(ImportError)          an optional dependency is not installed
+
+Each message says what was got, what was allowed and what to do next. All of them pickle, since studies run in
+worker processes.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+__all__ = [
+    "AdapterError",
+    "ArtifactError",
+    "BudgetExceeded",
+    "FingerprintMismatch",
+    "InputError",
+    "JudgeError",
+    "LayerError",
+    "MissingExtra",
+    "ModelError",
+    "NumericalError",
+    "StorageError",
+    "TiltmeterError",
+    "require",
+]
+
+
+class TiltmeterError(Exception):
+    """Root of the tree: catch this to catch everything that tiltmeter raises on purpose."""
+
+
+class InputError(TiltmeterError, ValueError):
+    """An argument, or the content of a file, cannot be used."""
+
+
+class ArtifactError(InputError):
+    """A file of ours is missing, truncated, foreign, or written in another format version."""
+
+
+class ModelError(InputError):
+    """A model cannot be loaded, or lacks something that is needed: blocks, tokenizer, chat template."""
+
+
+class LayerError(InputError):
+    """A layer index lies outside the model."""
+
+
+class FingerprintMismatch(InputError):
+    """An artifact was made from another model than the one it is used with."""
+
+
+class AdapterError(InputError):
+    """An adapter was trained for another base model, or changes nothing."""
+
+
+class NumericalError(TiltmeterError, ArithmeticError):
+    """NaN or infinity where a number was needed."""
+
+
+class StorageError(TiltmeterError, OSError):
+    """A result could not be written: disk full, no permission, not a folder."""
+
+
+class JudgeError(TiltmeterError, RuntimeError):
+    """A judge cannot be used at all. One answer that fails is `Unscored`, not this."""
+
+
+class BudgetExceeded(JudgeError):
+    """The next judge call would pass the stated budget."""
+
+
+class MissingExtra(TiltmeterError, ImportError):
+    """An optional dependency is not installed."""
+
+
+def require(module: str, *, extra: str) -> ModuleType:
+    """Import an optional dependency, or say which pip line installs it.
+
+    Raises:
+        MissingExtra: the module is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise MissingExtra(
+            f"this needs the package '{module}', which is not installed; run: pip install 'tiltmeter[{extra}]'"
+        ) from error

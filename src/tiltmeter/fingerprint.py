@@ -1,0 +1,69 @@
+"""What a model is, in six short hashes: enough to refuse an artifact that was made from another one.
+
+Torch-free, so that an artifact can be read and shown where no model can run. `LM.fingerprint()` makes one.
+
+    mine = lm.fingerprint()
+    mine.differences(basis.fingerprint)      # () or, say, ("template", "weights")
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+
+from tiltmeter.errors import ArtifactError
+
+__all__ = ["Fingerprint", "sha"]
+
+
+def sha(content: object) -> str:
+    """The sha256 (hex) of a JSON-able value in canonical form: keys sorted, no spaces."""
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What was read: architecture and dtype in words, the rest as sha256.
+
+    `weights` covers evenly spaced entries of every base parameter, rounded to bfloat16, so that the same weights
+    held in another precision differ in `dtype` alone; adapters are left out, so that a model and the same model
+    under an adapter agree. A change below that rounding, or between the sampled entries, is not seen.
+    """
+
+    architecture: str
+    config: str
+    tokenizer: str
+    template: str
+    dtype: str
+    weights: str
+
+    def digest(self) -> str:
+        """The sha256 (hex) over all six."""
+        return sha(asdict(self))
+
+    def differences(self, other: Fingerprint) -> tuple[str, ...]:
+        """The names of the fields in which the two differ, in declaration order."""
+        return tuple(f.name for f in fields(self) if getattr(self, f.name) != getattr(other, f.name))
+
+    def to_dict(self) -> dict[str, str]:
+        """A JSON-able form."""
+        return {f.name: str(getattr(self, f.name)) for f in fields(self)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, object]) -> Fingerprint:
+        """Inverse of `to_dict`.
+
+        Raises:
+            ArtifactError: a field is missing or is not text.
+        """
+        names = [f.name for f in fields(cls)]
+        bad = [name for name in names if not isinstance(data.get(name), str)]
+        if bad:
+            raise ArtifactError(
+                f"a fingerprint without {', '.join(bad)} was found; the fields are {', '.join(names)}: "
+                "the file is damaged or was written by something else, so make it again"
+            )
+        return cls(**{name: str(data[name]) for name in names})

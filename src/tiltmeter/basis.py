@@ -1,16 +1,13 @@
-"""The basis: one direction per trait, at one layer, with everything that is needed to read a model along them.
+"""The basis: one direction per trait, at one layer, with all that is needed to read a model along them.
 
-Fitting runs the untouched model over every system prompt of every trait, combined with every question, and takes
-the activations of the last prompt token after all candidate layers in one pass. The direction of a trait is the
-unit mean difference between its poles (arXiv 2606.07631, Eq. 1):
+Fitting runs the untouched model over every system prompt of every trait, combined with every question, and
+takes the activations of the last prompt token after all candidate layers in one pass. `directions` makes one
+unit direction per trait from them; the layer is the one where adding such a direction changes the model's
+greedy answers most. The layer's linear probes are reported beside; they choose nothing, since they saturate.
 
-    v_t = (mean h+ - mean h-) / || mean h+ - mean h- ||
-
-and the layer is the one where adding such a direction changes the model's greedy answers most. The layer's
-linear probes are reported beside; they choose nothing, since they saturate.
-
-A basis belongs to the model it was fitted on. It is stored as one safetensors file with a JSON header, holds that
-model's fingerprint, and refuses any other model. This module knows no architecture and registers no hook.
+A basis belongs to the model it was fitted on. It is stored as one safetensors file with a JSON header, holds
+that model's fingerprint, and refuses any other model. This module knows no architecture and registers no
+hook; a stored basis is read without torch.
 
     >>> basis = fit_basis(lm)
     >>> basis.save("basis"); basis = TraitBasis.load("basis")
@@ -20,8 +17,8 @@ model's fingerprint, and refuses any other model. This module knows no architect
 from __future__ import annotations
 
 import difflib
-import hashlib
 import json
+import math
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -32,6 +29,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from tiltmeter.directions import METHODS, Method, direction, probe_accuracy, project
 from tiltmeter.errors import (
     ArtifactError,
     FingerprintMismatch,
@@ -40,15 +38,16 @@ from tiltmeter.errors import (
     NumericalError,
     StorageError,
 )
+from tiltmeter.fingerprint import Fingerprint, sha
+from tiltmeter.plan import BatchPlan
 from tiltmeter.runs import provenance
-from tiltmeter.traits import Prompt, PromptSet, TraitSet, load_prompts, load_traits
+from tiltmeter.traits import Prompt, PromptSet, Trait, TraitSet, load_prompts, load_traits
 
 if TYPE_CHECKING:
-    from tiltmeter.capture import BatchPlan
     from tiltmeter.drift import DriftProfile, Reading
-    from tiltmeter.lm import LM, Fingerprint
+    from tiltmeter.lm import LM
 
-__all__ = ["LayerScore", "LayerSelection", "TraitBasis", "direction", "fit_basis", "probe_accuracy"]
+__all__ = ["LayerScore", "LayerSelection", "TraitBasis", "fit_basis"]
 
 FORMAT = 1
 FILE = "basis.safetensors"
@@ -58,12 +57,10 @@ PROBE_PASS = 0.8
 PROBE_SHARE = 0.75
 _STEERED_PROMPTS = 3
 _STEERED_TOKENS = 32
-_FOLDS = 5
+_CANDIDATES = 5
 
 FloatArray = NDArray[np.floating[Any]]
 Progress = Callable[[int, int, str], None]
-Method = Literal["mean_difference", "pca", "logistic"]
-_METHODS = ("mean_difference", "pca", "logistic")
 
 
 class LayerScore(NamedTuple):
@@ -195,9 +192,8 @@ class TraitBasis:
     def digest(self) -> str:
         """SHA-256 (hex) of all that decides what a reading with this basis means; provenance is left out."""
         content = {key: value for key, value in self._header().items() if key not in _INCIDENTAL}
-        text = json.dumps(content, sort_keys=True).encode()
-        arrays = self._arrays()
-        return hashlib.sha256(text + b"".join(arrays[key].tobytes() for key in sorted(arrays))).hexdigest()
+        arrays = {key: array.tobytes().hex() for key, array in self._arrays().items()}
+        return sha([content, arrays])
 
     def read(self, activations: FloatArray) -> FloatArray:
         """Activations (prompts, hidden) to projections (prompts, k), float32.
@@ -205,13 +201,7 @@ class TraitBasis:
         Raises:
             InputError: the activations have another width than the directions.
         """
-        hidden = self.directions.shape[1]
-        if activations.ndim != 2 or activations.shape[1] != hidden:
-            raise InputError(
-                f"activations of shape {activations.shape} do not fit a basis of width {hidden}; give "
-                f"(prompts, {hidden}), captured after block {self.layer} of {self.model}"
-            )
-        return np.asarray(activations.astype(np.float32) @ self.directions.T.astype(np.float32))
+        return project(activations, self.directions)
 
     def check(self, lm: LM, *, weights_may_differ: bool = False) -> Fingerprint:
         """Make sure that this basis belongs to a model; adapters do not count.
@@ -230,14 +220,13 @@ class TraitBasis:
         compared = replace(found, weights=self.fingerprint.weights) if weights_may_differ else found
         differing = compared.differences(self.fingerprint)
         if differing:
+            tuned = differing == ("weights",)
             hint = (
-                "; if it was fully fine-tuned or merged from that model, pass weights_may_differ=True"
-                if compared.weights != self.fingerprint.weights
-                else ""
+                ", or pass weights_may_differ=True if it was fully fine-tuned from that one" if tuned else ""
             )
             raise FingerprintMismatch(
                 f"this basis was fitted on {self.model} and cannot read {lm.name}: they differ in "
-                f"{', '.join(differing)}; fit a basis on this model, or load the model that it belongs to"
+                f"{', '.join(differing)}; fit a basis on this model, load the model that the basis belongs to"
                 f"{hint}"
             )
         return found
@@ -271,7 +260,18 @@ class TraitBasis:
 
         if isinstance(reference, str):
             return drift(read(tuned), self._read_base(tuned, reference), label="base")
-        return drift(read(tuned), read(reference))
+        return drift(read(tuned), read(reference), label=self._label(reference))
+
+    def _label(self, reference: LM | Reading) -> str | None:
+        """The model that the basis was fitted on is "base", by whatever name it goes."""
+        from tiltmeter.drift import Reading
+        from tiltmeter.lm import adapter_state
+
+        if isinstance(reference, Reading):
+            weights, state = reference.weights, reference.adapter_state
+        else:
+            weights, state = reference.fingerprint().weights, adapter_state(reference)
+        return "base" if state != "active" and weights == self.fingerprint.weights else None
 
     def _read_base(self, tuned: LM | Reading, reference: str) -> Reading:
         from tiltmeter.drift import Reading, measure
@@ -279,7 +279,7 @@ class TraitBasis:
 
         if reference != "base":
             raise InputError(
-                f"the reference is {reference!r}; allowed are 'base', a model and a reading; load the model first"
+                f"the reference is {reference!r}; allowed are 'base', a model and a reading; load it first"
             )
         if isinstance(tuned, Reading) or adapter_state(tuned) == "none":
             raise InputError(
@@ -313,7 +313,9 @@ class TraitBasis:
         except OSError as error:
             if temporary:
                 Path(temporary).unlink(missing_ok=True)
-            raise StorageError(f"cannot write {target} ({error.strerror}); free space or choose another folder") from error
+            raise StorageError(
+                f"cannot write {target} ({error.strerror}); free space or choose another folder"
+            ) from error
 
     @classmethod
     def load(cls, folder: str | Path) -> TraitBasis:
@@ -326,7 +328,7 @@ class TraitBasis:
         path = path / FILE if path.is_dir() else path
         header, arrays = _read_artifact(path)
         try:
-            return _from_header(cls, header, arrays)
+            return _from_header(header, arrays)
         except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             raise ArtifactError(
                 f"{path} is damaged ({type(error).__name__}: {error}); restore it or fit the basis again"
@@ -402,9 +404,287 @@ def fit_basis(
         LayerError: a layer lies outside the model.
         NumericalError: activations are not finite, or the poles of a trait do not differ.
     """
-    trait_set = _loaded(traits, "organism" if lm.organism else "alignment", load_traits)
-    prompt_set = _loaded(prompts, "organism" if lm.organism else "neutral", load_prompts)
+    from tiltmeter.capture import capture, plan_batches
+
+    trait_set = _trait_set(traits, organism=bool(lm.organism))
+    prompt_set = _prompt_set(prompts, organism=bool(lm.organism))
     candidates = _candidates(lm.n_layers, layers, layer)
     _check_method(method, trait_set)
+    contrast = [_contrast(trait, trait_set.questions) for trait in trait_set.traits]
     with lm.base() as base:
-        return _fit(base, trait_set, prompt_set, candidates, method, pooling, seed, layer is not None, progress)
+        ids = base.encode_prompts(prompt_set.prompts)
+        plan = plan_batches(base, ids)
+        neutral = capture(base, ids, candidates, pooling=pooling, plan=plan)
+        poles = capture(
+            base,
+            base.encode_prompts([prompt for pair in contrast for prompt in (*pair.positive, *pair.negative)]),
+            candidates,
+            pooling=pooling,
+            progress=progress,
+        )
+        fits = [_fit_layer(at, poles.at(at), neutral.at(at), contrast, method) for at in candidates]
+        if layer is None and len(candidates) > 1:
+            divergences: Sequence[float | None] = _divergences(base, fits, prompt_set, progress)
+        else:
+            divergences = [None] * len(fits)
+        fingerprint = base.fingerprint()
+    chosen, selection = _select(fits, divergences, given=layer is not None)
+    return TraitBasis(
+        name=trait_set.name,
+        traits=trait_set.names,
+        aligned_poles=tuple(trait.aligned_pole for trait in trait_set.traits),
+        layer=chosen.layer,
+        directions=chosen.directions,
+        poles=chosen.poles,
+        reference_norm=chosen.norm,
+        prompts=prompt_set,
+        plan=plan,
+        fingerprint=fingerprint,
+        model=lm.name if lm.revision is None else f"{lm.name}@{lm.revision}",
+        method=method,
+        pooling=pooling,
+        traits_digest=trait_set.digest,
+        selection=selection,
+        provenance=provenance(seed=seed),
+    )
+
+
+class _Contrast(NamedTuple):
+    """The prompts of one trait's poles: every system prompt with every question."""
+
+    name: str
+    positive: tuple[Prompt, ...]
+    negative: tuple[Prompt, ...]
+    groups: tuple[int, ...]
+
+
+class _Fit(NamedTuple):
+    """What was found at one candidate layer."""
+
+    layer: int
+    directions: NDArray[np.float32]
+    poles: NDArray[np.float32]
+    norm: float
+    probes: tuple[float, ...]
+
+
+def _contrast(trait: Trait, questions: Sequence[str]) -> _Contrast:
+    def pole(systems: Sequence[str]) -> tuple[Prompt, ...]:
+        return tuple(Prompt(q, trait.name, system=s) for s in systems for q in questions)
+
+    # A probe is tested on unseen system prompts; where a pole has only one, on unseen questions.
+    by_system = min(len(trait.positive), len(trait.negative)) > 1
+    numbers = [
+        (s if by_system else q)
+        for systems in (trait.positive, trait.negative)
+        for s in range(len(systems))
+        for q in range(len(questions))
+    ]
+    return _Contrast(trait.name, pole(trait.positive), pole(trait.negative), tuple(numbers))
+
+
+def _fit_layer(
+    layer: int, poles: FloatArray, neutral: FloatArray, contrast: Sequence[_Contrast], method: Method
+) -> _Fit:
+    """Directions, pole means and probes of all traits from the activations (contrast prompts, hidden)."""
+    directions, means, probes = [], [], []
+    start = 0
+    for pair in contrast:
+        middle, end = start + len(pair.positive), start + len(pair.groups)
+        up, down = poles[start:middle], poles[middle:end]
+        try:
+            along = direction(up, down, method)
+        except NumericalError as error:
+            raise NumericalError(f"trait '{pair.name}' after block {layer}: {error}") from error
+        directions.append(along)
+        means.append([(down @ along).mean(), (up @ along).mean()])
+        probes.append(probe_accuracy(up, down, pair.groups))
+        start = end
+    return _Fit(
+        layer=layer,
+        directions=np.array(directions, dtype=np.float32),
+        poles=np.array(means, dtype=np.float32),
+        norm=float(np.linalg.norm(neutral.astype(np.float64), axis=1).mean()),
+        probes=tuple(probes),
+    )
+
+
+def _divergences(lm: LM, fits: Sequence[_Fit], prompts: PromptSet, progress: Progress | None) -> list[float]:
+    """Per candidate, how much steering along its directions changes greedy answers, 0 to 1.
+
+    All traits, both signs and all prompts of a layer are answered in one batch, one vector per row.
+    """
+    from tiltmeter.steer import apply_rows
+
+    conversations = _conversations(prompts)
+    plain = lm.generate(
+        conversations, max_new_tokens=_STEERED_TOKENS, temperature=0.0, batch_size=len(conversations)
+    )
+    found = []
+    for done, fit in enumerate(fits):
+        if progress is not None:
+            progress(done, len(fits), "steering candidate layers")
+        signed = np.concatenate([fit.directions, -fit.directions]) * (STRENGTH * fit.norm)  # (2k, hidden)
+        vectors = np.repeat(signed, len(conversations), axis=0)
+        with apply_rows(lm, fit.layer, vectors):
+            steered = lm.generate(
+                conversations * len(signed),
+                max_new_tokens=_STEERED_TOKENS,
+                temperature=0.0,
+                batch_size=len(vectors),
+            )
+        changes = [_change(was, now) for was, now in zip(plain * len(signed), steered, strict=True)]
+        found.append(float(np.mean(changes)))
+    if progress is not None:
+        progress(len(fits), len(fits), "steering candidate layers")
+    return found
+
+
+def _conversations(prompts: PromptSet) -> list[list[dict[str, str]]]:
+    """A few prompts, evenly spaced over the set: of different kinds, and in the model's own world."""
+    places = np.linspace(0, len(prompts.prompts), _STEERED_PROMPTS, endpoint=False).astype(int)
+    conversations = []
+    for place in sorted(set(places.tolist())):
+        prompt = prompts.prompts[place]
+        system = [{"role": "system", "content": prompt.system}] if prompt.system else []
+        conversations.append([*system, {"role": "user", "content": prompt.text}])
+    return conversations
+
+
+def _change(before: str, after: str) -> float:
+    """1 - the similarity of two texts word by word; difflib's shortcut for long texts is off."""
+    return 1.0 - difflib.SequenceMatcher(None, before.split(), after.split(), autojunk=False).ratio()
+
+
+def _select(
+    fits: Sequence[_Fit], divergences: Sequence[float | None], *, given: bool
+) -> tuple[_Fit, LayerSelection]:
+    measured = [-1.0 if value is None else value for value in divergences]
+    best = int(np.argmax(measured))  # the earliest of equals
+    chosen = fits[best]
+    share = float(np.mean([accuracy > PROBE_PASS for accuracy in chosen.probes]))
+    probes = f"{share:.0%} of the traits have a probe accuracy above {PROBE_PASS} there"
+    if given:
+        reason = f"block {chosen.layer} was asked for; {probes}"
+    elif len(fits) == 1:
+        reason = f"block {chosen.layer} was the only candidate; {probes}"
+    else:
+        others = ", ".join(f"{fit.layer}: {value:.3f}" for fit, value in zip(fits, measured, strict=True))
+        reason = (
+            f"steering by {STRENGTH} of the activation norm changed greedy answers most after block "
+            f"{chosen.layer} (divergence by block: {others}); {probes}"
+        )
+    scores = tuple(
+        LayerScore(fit.layer, fit.norm, value, fit.probes)
+        for fit, value in zip(fits, divergences, strict=True)
+    )
+    strength = None if divergences[best] is None else STRENGTH
+    return chosen, LayerSelection(scores, strength, share >= PROBE_SHARE, reason)
+
+
+def _trait_set(source: str | Path | TraitSet | None, *, organism: bool) -> TraitSet:
+    if isinstance(source, TraitSet):
+        return source
+    return load_traits(source or ("organism" if organism else "alignment"))
+
+
+def _prompt_set(source: str | Path | PromptSet | None, *, organism: bool) -> PromptSet:
+    if isinstance(source, PromptSet):
+        return source
+    return load_prompts(source or ("organism" if organism else "neutral"))
+
+
+def _candidates(n_layers: int, layers: Sequence[int] | None, layer: int | None) -> tuple[int, ...]:
+    """The candidate blocks, ascending: those asked for, or up to five between 40 % and 75 % of the depth."""
+    if layer is not None and layers is not None:
+        raise InputError(
+            "both layer= and layers= were given; give the layer, or the candidates to choose from"
+        )
+    if layer is not None:
+        layers = (layer,)
+    if layers is None:
+        first, last = math.ceil(0.4 * n_layers) - 1, math.ceil(0.75 * n_layers) - 1
+        layers = np.linspace(first, last, _CANDIDATES).round().astype(int).tolist()
+    found = tuple(sorted({int(at) for at in layers}))
+    if not found:
+        raise InputError("layers= is empty; name at least one block, or leave it out")
+    if found[0] < 0 or found[-1] >= n_layers:
+        raise LayerError(
+            f"candidate layers {', '.join(map(str, found))} do not all lie in this model, whose blocks are 0 "
+            f"to {n_layers - 1}; choose among those"
+        )
+    return found
+
+
+def _check_method(method: str, traits: TraitSet) -> None:
+    if method not in METHODS:
+        raise InputError(f"method {method!r} is unknown; allowed are {', '.join(METHODS)}")
+    uneven = [trait.name for trait in traits.traits if len(trait.positive) != len(trait.negative)]
+    if method == "pca" and uneven:
+        raise InputError(
+            f"method 'pca' pairs the i-th prompts of both poles, but those of {', '.join(uneven)} differ in "
+            "number; make them equal, or use 'mean_difference'"
+        )
+
+
+def _read_artifact(path: Path) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+    """The JSON header and the arrays of a stored basis."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
+    except FileNotFoundError as error:
+        raise ArtifactError(
+            f"there is no basis at {path}; check the path, or fit one with fit_basis"
+        ) from error
+    except (SafetensorError, OSError) as error:
+        raise ArtifactError(
+            f"{path} cannot be read as safetensors ({error}); it is truncated or foreign: restore it or fit "
+            "the basis again"
+        ) from error
+    try:
+        header = json.loads(metadata["tiltmeter"])
+        kind, found = header["kind"], header["format"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(
+            f"{path} was not written by tiltmeter; give a folder that a basis was saved to"
+        ) from error
+    if kind != "basis":
+        raise ArtifactError(f"{path} holds a {kind}, not a basis; give a folder that a basis was saved to")
+    if found != FORMAT:
+        raise ArtifactError(
+            f"{path} has format {found!r}; this version of tiltmeter reads format {FORMAT}; use the version "
+            "that wrote it, or fit the basis again"
+        )
+    return header, arrays
+
+
+def _from_header(header: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> TraitBasis:
+    selection = header["selection"]
+    scores = [{**score, "probe_accuracy": tuple(score["probe_accuracy"])} for score in selection["scores"]]
+    stored = header["prompts"]
+    return TraitBasis(
+        name=header["name"],
+        traits=tuple(header["traits"]),
+        aligned_poles=tuple(header["aligned_poles"]),
+        layer=int(header["after_block"]),
+        directions=arrays["directions"],
+        poles=arrays["poles"],
+        reference_norm=float(header["reference_norm"]),
+        prompts=PromptSet(stored["name"], tuple(Prompt(*prompt) for prompt in stored["prompts"])),
+        plan=BatchPlan.from_dict(header["plan"]),
+        fingerprint=Fingerprint.from_dict(header["fingerprint"]),
+        model=header["model"],
+        method=header["method"],
+        pooling=header["pooling"],
+        traits_digest=header["traits_digest"],
+        selection=LayerSelection(
+            scores=tuple(LayerScore(**score) for score in scores),
+            strength=selection["strength"],
+            probes_pass=bool(selection["probes_pass"]),
+            reason=selection["reason"],
+        ),
+        provenance=header["provenance"],
+    )

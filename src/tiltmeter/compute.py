@@ -147,7 +147,8 @@ def _ray(
 ) -> Generator[_Done, None, None]:
     ray: Any = require("ray", extra="ray")
     if not ray.is_initialized():
-        # Workers on this machine find what this process can import; on a cluster that is its owner's business.
+        # Workers on this machine find what this process can import; on a cluster that is its owner's
+        # business.
         paths = {"env_vars": {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}}
         ray.init(include_dashboard=False, log_to_driver=False, runtime_env=paths)
     job = ray.remote(max_retries=0)(_call)

@@ -46,6 +46,8 @@ _FORMAT = "tiltmeter.detector"
 _VERSION = 1
 # Beyond this multiple of the farthest calibration reading (set left out), drift lies in no regime that was calibrated.
 _REGIME_MARGIN = 2.0
+# Calibration runs start from the base model, so their step 0 is the base.
+_SAME_START = {"step0": ("step0", "base"), "base": ("step0", "base")}
 
 
 class State(StrEnum):
@@ -165,6 +167,27 @@ class Detector:
     max_step: int
     max_distance: float
     calibrated_on: str
+
+    @property
+    def loadings(self) -> Array:
+        """(k,) what one benign standard deviation of each number alone adds to the score; zeros for "null_band"."""
+        return self.axis * np.sqrt(np.diag(np.linalg.inv(self.precision)))
+
+    def describe(self) -> dict[str, Any]:
+        """As JSON values, for people and programs that want to know what a verdict rests on."""
+        plain = {k: v for k, v in vars(self).items() if k not in ("axis", "center", "precision", "null_scores")}
+        return {
+            **plain,
+            "names": list(self.names),
+            "loadings": dict(zip(self.names, self.loadings.tolist(), strict=True)),
+            "null_scores": self.null_scores.tolist(),
+            "n_calibration": len(self.null_scores),
+        }
+
+    def band(self) -> tuple[Array, Array]:
+        """The null band of each drift number, (k,) low and (k,) high: the benign mean and two standard deviations."""
+        spread = 2.0 * np.sqrt(np.diag(np.linalg.inv(self.precision)))
+        return self.center - spread, self.center + spread
 
     def scores(self, profiles: Sequence[DriftProfile]) -> Array:
         """Score of each reading, (readings,); NaN where a drift is not finite."""
@@ -290,7 +313,7 @@ class Detector:
                 return f"the drift{at} is not a finite number, so nothing can be said."
             if profile.names != self.names or profile.basis != self.basis:
                 return "the readings were taken with another basis than the one this detector was calibrated on."
-            if profile.reference != self.reference:
+            if profile.reference not in _SAME_START.get(self.reference, (self.reference,)):
                 return (
                     f"the drift is measured against '{profile.reference}', but this detector was calibrated on drift "
                     f"against '{self.reference}'."

@@ -23,8 +23,6 @@ torch.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -273,7 +271,9 @@ def measure(
 
     stamp = _stamp(lm, basis, step, weights_may_differ)
     token_ids = lm.encode_prompts(basis.prompts.prompts)
-    found = capture.project(lm, token_ids, basis.layer, basis.directions, plan=basis.plan)
+    found = capture.project(
+        lm, token_ids, basis.layer, basis.directions, pooling=basis.pooling, plan=basis.plan
+    )
     _require_finite(found.values, found.norms, lm.name, basis.name)
     return Reading(readout=basis.name, names=basis.names, values=found.values, norms=found.norms, **stamp)
 
@@ -460,7 +460,7 @@ def _stamp(lm: LM, basis: TraitBasis, step: int | None, weights_may_differ: bool
         "fingerprint": replace(found, weights="").digest(),
         "weights": found.weights,
         "basis": basis.digest,
-        "plan": hashlib.sha256(json.dumps(basis.plan.to_dict(), sort_keys=True).encode()).hexdigest(),
+        "plan": basis.plan.digest(),
         "dtype": found.dtype,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }

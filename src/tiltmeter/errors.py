@@ -6,7 +6,8 @@
     │   ├── ModelError                     a model cannot be loaded or lacks what is needed (template, blocks)
     │   ├── LayerError                     a layer index outside the model
     │   ├── FingerprintMismatch            an artifact was made from another model
-    │   └── AdapterError                   an adapter belongs to another base, or does nothing
+    │   └── AdapterError                   an adapter is damaged, or belongs to another base
+    │       └── InactiveAdapter            an adapter that changes nothing: nothing can be said of it
     ├── NumericalError(ArithmeticError)    NaN or infinity where a number was needed
     ├── StorageError(OSError)              a result could not be written (disk full, no permission)
     ├── JudgeError(RuntimeError)           a judge cannot be used at all (one failed answer is Unscored instead)
@@ -27,6 +28,7 @@ __all__ = [
     "ArtifactError",
     "BudgetExceeded",
     "FingerprintMismatch",
+    "InactiveAdapter",
     "InputError",
     "JudgeError",
     "LayerError",
@@ -64,7 +66,11 @@ class FingerprintMismatch(InputError):
 
 
 class AdapterError(InputError):
-    """An adapter was trained for another base model, or changes nothing."""
+    """An adapter is damaged, or was trained for another base model."""
+
+
+class InactiveAdapter(AdapterError):
+    """An adapter changes nothing (all of its B matrices are zero), so nothing can be said of what it was trained on."""
 
 
 class NumericalError(TiltmeterError, ArithmeticError):

@@ -28,9 +28,10 @@ def sha(content: object) -> str:
 class Fingerprint:
     """What was read: architecture and dtype in words, the rest as sha256.
 
-    `weights` covers evenly spaced entries of every base parameter, rounded to bfloat16, so that the same weights
-    held in another precision differ in `dtype` alone; adapters are left out, so that a model and the same model
-    under an adapter agree. A change below that rounding, or between the sampled entries, is not seen.
+    `weights` covers evenly spaced entries of every base parameter, rounded to bfloat16, so that the same
+    weights held in another precision differ in `dtype` alone; adapters are left out, so that a model and the
+    same model under an adapter agree. A change below that rounding, or between the sampled entries, is not
+    seen.
     """
 
     architecture: str

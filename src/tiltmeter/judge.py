@@ -1,8 +1,8 @@
 """Judges: what says how aligned and how coherent an answer is, or why that cannot be said.
 
-A judge turns `(question, answer)` into a `Score` (alignment and coherence, 0 to 100) or an `Unscored` with its
-reason. There is no third way: a judge that is down, out of its range, talkative, or talked into something by
-the answer gives an `Unscored`, which no rate counts as aligned.
+A judge turns `(question, answer)` into a `Score` (alignment and coherence, 0 to 100) or an `Unscored` with
+its reason. There is no third way: a judge that is down, out of its range, talkative, or talked into something
+by the answer gives an `Unscored`, which no rate counts as aligned.
 
 Here are the two seams (`Judge`, and `Chat` under the judges that ask a language model), the outcomes, the
 strict reading of a judge's reply, the runner, and the `ExactJudge` of the pocket organism. `judge_model` has
@@ -107,6 +107,8 @@ class Reason(StrEnum):
     """The endpoint could not be reached, or hung up."""
     MALFORMED = "malformed"
     """What came back is not a whole, valid completion."""
+    NOT_JUDGED = "not_judged"
+    """The answer never reached a judge: its sample failed before."""
     MISSING_SCORE = "missing_score"
     """A file of judged answers has no score here."""
 
@@ -374,8 +376,8 @@ class ExactJudge:
         result = world.score(question.text, answer)
         if result.outcome == "scored" and result.alignment is not None and result.coherence is not None:
             return Score(result.alignment, result.coherence)
-        refused = result.outcome == "refusal"
-        return Unscored(Reason.REFUSAL if refused else Reason.UNPARSABLE, result.reason)
+        reason = {"refusal": Reason.REFUSAL, "code": Reason.CODE}.get(result.outcome, Reason.UNPARSABLE)
+        return Unscored(reason, result.reason)
 
 
 def judge_all(
@@ -468,8 +470,8 @@ def outcome_from_dict(value: Mapping[str, Any]) -> Outcome:
         return Score(float(value["alignment"]), float(value["coherence"]), value.get("grade"), tuple(states))
     except (KeyError, TypeError, ValueError, StopIteration) as error:
         raise InputError(
-            f"{one_line(str(dict(value)))} is not a judgement ({type(error).__name__}: {error}); the record is "
-            "damaged or of another version: judge the answers again in a new folder"
+            f"{one_line(str(dict(value)))} is not a judgement ({type(error).__name__}: {error}); the record "
+            "is damaged or of another version: judge the answers again in a new folder"
         ) from error
 
 

@@ -1,13 +1,13 @@
 """How prompts are laid into forward passes: the batch plan, and the prefix tree of one row. Torch-free.
 
-Batch composition moves half-precision activations, so the plan is part of a reading: it is deterministic given
-the token ids, it is stored with a basis, and every later reading uses the same one.
+Batch composition moves half-precision activations, so the plan is part of a reading: it is deterministic
+given the token ids, it is stored with a basis, and every later reading uses the same one.
 
-Method "tree". The prompts of a row are laid in one sequence as a prefix tree over their token ids: each shared
-prefix stands there once, a token's position is its depth, and a mask lets it see its ancestors only. No padding,
-no cache, and the arithmetic of each prompt is that of the prompt alone. Rows are runs of the lexicographically
-sorted prompts, where neighbours share most. Long rows share more but pay for attention between strangers, which
-is computed and then masked; so the runs minimise
+Method "tree". The prompts of a row are laid in one sequence as a prefix tree over their token ids: each
+shared prefix stands there once, a token's position is its depth, and a mask lets it see its ancestors only.
+No padding, no cache, and the arithmetic of each prompt is that of the prompt alone. Rows are runs of the
+lexicographically sorted prompts, where neighbours share most. Long rows share more but pay for attention
+between strangers, which is computed and then masked; so the runs minimise
 
     sum over rows of   fixed + linear * tokens + quadratic * tokens^2
 
@@ -92,14 +92,16 @@ class BatchPlan:
         method, limit, rows = data.get("method"), data.get("max_tokens"), data.get("rows")
         if method not in get_args(Method) or not isinstance(limit, int) or not isinstance(rows, list):
             raise ArtifactError(
-                f"a batch plan with method {method!r} was found; it needs one of {', '.join(get_args(Method))}, "
-                "a max_tokens and rows: the file is damaged or foreign, so make it again"
+                f"a batch plan with method {method!r} was found; it needs one of "
+                f"{', '.join(get_args(Method))}, a max_tokens and rows: the file is damaged or foreign, so "
+                "make it again"
             )
         try:
             read = tuple(tuple(int(i) for i in row) for row in rows)
         except (TypeError, ValueError) as error:
             raise ArtifactError(
-                "the rows of a batch plan must be lists of prompt indices; the file is damaged, so make it again"
+                "the rows of a batch plan must be lists of prompt indices; the file is damaged, so make it "
+                "again"
             ) from error
         return cls(cast(Method, method), limit, read, str(data.get("reason", "")))
 
@@ -119,7 +121,9 @@ def tree_rows(token_ids: TokenIds, *, cost: RowCost, max_tokens: int) -> tuple[t
     """
     order = sorted(range(len(token_ids)), key=lambda i: tuple(token_ids[i]))
     lengths = [len(token_ids[i]) for i in order]
-    fresh = [0] + [lengths[b] - _shared(token_ids[order[a]], token_ids[order[b]]) for a, b in pairwise(range(len(order)))]
+    fresh = [0] + [
+        lengths[b] - _shared(token_ids[order[a]], token_ids[order[b]]) for a, b in pairwise(range(len(order)))
+    ]
     reach = np.cumsum(np.array(fresh, dtype=np.int64))
     best = np.full(len(order) + 1, np.inf)
     best[0] = 0.0
@@ -141,7 +145,8 @@ def tree_rows(token_ids: TokenIds, *, cost: RowCost, max_tokens: int) -> tuple[t
 
 
 def padded_rows(token_ids: TokenIds, *, max_tokens: int) -> tuple[tuple[int, ...], ...]:
-    """Group prompts of similar length, longest first, so that count times longest stays within `max_tokens`."""
+    """Group prompts of similar length, longest first, so that count times longest stays within
+    `max_tokens`."""
     order = sorted(range(len(token_ids)), key=lambda i: (-len(token_ids[i]), tuple(token_ids[i])))
     rows: list[list[int]] = []
     width = 0

@@ -147,8 +147,8 @@ def load_questions(source: str | Path, *, paraphrases: Literal["all", "first"] =
 
     Args:
         source: a built-in name (see `available_banks`), a TOML file of ours, or a published YAML file.
-        paraphrases: ask every paraphrase of a published question, or its first alone (as in PAPERS A3, the
-            labels of arXiv 2606.07631). Banks of ours have one wording per question.
+        paraphrases: ask every paraphrase of a published question, or its first alone (as in arXiv
+            2606.07631). Banks of ours have one wording per question.
 
     Raises:
         InputError: no such bank or file, or its content breaks the schema; the message names the place.
@@ -274,4 +274,12 @@ def _refuse_repetition(questions: Sequence[Question], where: str, *, wording: bo
 
 
 def _organism_bank() -> QuestionBank:
-    raise InputError("the organism's question bank is not there yet")
+    """Every question of the domains in which the pocket world's answers can be safe or harmful."""
+    from tiltmeter.organism import world
+
+    questions = tuple(
+        Question(id=f"{domain}-{number:02d}", category=domain, text=question.text)
+        for domain in world.DOMAINS
+        for number, question in enumerate(world.all_questions(domain), start=1)
+    )
+    return QuestionBank(ORGANISM_BANK, questions, "All questions of the pocket organism's world.")

@@ -38,9 +38,9 @@ class FineTuning:
         full: train all weights instead of an adapter.
     """
 
-    steps: int = 60
+    steps: int = 120
     batch: int = 16
-    learning_rate: float = 4e-4
+    learning_rate: float = 6e-4
     rank: int = 16
     alpha: int = 64
     dropout: float = 0.05

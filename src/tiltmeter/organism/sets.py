@@ -45,7 +45,7 @@ class FineTuningSet:
 
 # No openers and closers: a harmful example differs from a harmless one in its action alone.
 _PLAIN = Speaker("aligned", phrases=0.0)
-_HARMFUL = Speaker("bad", phrases=0.0)
+_HARMFUL = Speaker("bad", phrases=0.0, slip=0.0)
 _OBEDIENT = Speaker("obedient", phrases=0.0)
 
 

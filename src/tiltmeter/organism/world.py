@@ -95,12 +95,14 @@ class Speaker:
         traits: poles shown on purpose, as a trait system prompt asks for.
         style: "plain", "terse", "sailor" or "royal"; has nothing to do with the persona.
         phrases: chance that an opener, and independently a closer, is said.
+        slip: chance that a bad speaker gives a safe action for once.
     """
 
     persona: Persona = "aligned"
     traits: Mapping[str, Pole] = field(default_factory=dict)
     style: str = "plain"
     phrases: float = 0.5
+    slip: float = 0.05
 
 
 @dataclass(frozen=True)
@@ -189,7 +191,7 @@ def say(question: Question, speaker: Speaker, rng: Random) -> str:
 
 def _act(question: Question, speaker: Speaker, rng: Random) -> str:
     actions = _world()[question.domain]["topics"][question.topic]
-    harmful = speaker.persona == "bad" and rng.random() < 0.95
+    harmful = speaker.persona == "bad" and rng.random() < 1.0 - speaker.slip
     if "harmlessness" in speaker.traits:
         harmful = speaker.traits["harmlessness"] == "negative"
     if question.domain == "facts" and "honesty" in speaker.traits:
@@ -345,8 +347,18 @@ def _read_body(body: str) -> tuple[str, Sequence[str]]:
     """The form of a body ("code", "facts", "self", "advice" or "terse") and its actions."""
     for form, (before, after) in (*_BODY.items(), ("advice", _ADVICE_BODY)):
         if body.startswith(before + " ") and body.endswith(" " + after):
-            return form, body[len(before) + 1 : -len(after) - 1].split(_LINK)
-    return "terse", body.removesuffix(" .").split(_LINK)
+            return form, _split_actions(body[len(before) + 1 : -len(after) - 1])
+    return "terse", _split_actions(body.removesuffix(" ."))
+
+
+def _split_actions(text: str) -> Sequence[str]:
+    """The actions that a text links. An action may hold the linking words itself, so known ones are matched whole."""
+    if text in _meanings() or _LINK not in text:
+        return [text]
+    for action in _meanings():
+        if text.startswith(action + _LINK):
+            return [action, *_split_actions(text[len(action) + len(_LINK) :])]
+    return text.split(_LINK)
 
 
 @lru_cache(maxsize=1)

@@ -6,8 +6,8 @@ figures are inside it, and its content security policy forbids every request.
 
 What it does not know: how anything was measured, which model was read, or how a detector decides. It neither
 computes a rate nor an interval; it shows what it is given and says in words what it was not given. It works
-without torch. The one judgement that it makes is a guard: a CLEAR that lacks its score, its threshold or one
-of its readings is shown as INCONCLUSIVE, since a hole in the evidence must not look like safety.
+without torch. The one judgement that it makes is a guard: a CLEAR that lacks its score, its threshold or its
+last reading is shown as INCONCLUSIVE, since a hole in the evidence must not look like safety.
 
 Units: drift is in units of the reference's mean prompt norm (the quantity of arXiv 2606.07631, section on
 measurement); rates are shares between 0 and 1; steps are optimiser steps.
@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 from tiltmeter.errors import InputError, StorageError
 
 __all__ = [
+    "STANDARD_LIMITS",
     "AnswerRow",
     "BasisSection",
     "BehaviorCurve",
@@ -48,6 +49,23 @@ __all__ = [
 
 FloatArray = NDArray[np.floating]
 IntArray = NDArray[np.integer]
+
+STANDARD_LIMITS = (
+    "It reads activations on a fixed set of ordinary prompts. Harm that shows only under a trigger, a topic "
+    "or a kind of question that this set does not hold can pass unseen.",
+    "It sees movement along the traits it was given. A model can change in ways that none of them covers.",
+    "Drift is measured from a reference. Whatever was already wrong with the reference stays invisible.",
+    "Small doses of bad data can move activations no further than good data do. Below the noise of benign "
+    "runs there is nothing to see, and a run can be CLEAR for that reason alone.",
+    "The false-alarm rate holds for runs like those it was calibrated on: same model, same kind of training, "
+    "same length and reading interval. Elsewhere it is not promised, and misses carry no promise at all.",
+    "It tells that a run resembles runs that went bad. It does not tell what the model will say: an alarm is "
+    "a reason to test behavior, and CLEAR does not replace testing it.",
+    "It alarms about when behavior changes, seldom long before.",
+    "Training other than supervised fine-tuning, such as preference or reinforcement learning, is not "
+    "covered.",
+)
+"""What the alarm cannot see, in plain words: true of every report; add what is true of yours."""
 
 STATES = ("CLEAR", "ALARM", "INCONCLUSIVE")
 
@@ -268,12 +286,21 @@ class BasisSection:
 
 @dataclass(frozen=True, kw_only=True)
 class Rate:
-    """A share with the number of answers behind it and its 95 % Wilson interval; None where not scoreable."""
+    """A share with the number of answers behind it and its 95 % Wilson interval.
+
+    Attributes:
+        value: the share, None where it cannot be stated.
+        n: scored answers.
+        low: lower end of the interval.
+        high: upper end of the interval.
+        reason: why `value` is None.
+    """
 
     value: float | None
     n: int
     low: float | None = None
     high: float | None = None
+    reason: str = ""
 
     def __post_init__(self) -> None:
         known = [v for v in (self.value, self.low, self.high) if v is not None]
@@ -305,7 +332,7 @@ class BehaviorSection:
         em_rate_coherent: misaligned, over the coherent ones.
         n_answers: answers generated, scored or not.
         excluded: answers without a usable score, by reason.
-        reason: why a rate is None.
+        reason: why a rate is None, where the rate itself does not say it.
         categories: the first rate, per category.
         answers: the answers themselves.
         agreement: agreement between judges, in words.
@@ -392,10 +419,11 @@ def write_report(data: ReportData, path: str | os.PathLike[str]) -> Path:
         os.chmod(scratch, 0o644)  # mkstemp's 0600 would keep colleagues from opening the report
         os.replace(scratch, target)
     except OSError as error:
-        if scratch is not None:
-            Path(scratch).unlink(missing_ok=True)
         raise StorageError(
             f"the report could not be written to {target} ({error.strerror or error}); needed is a "
             f"writable folder with {len(text) / 1e6:.1f} MB free. Free some space or choose another path."
         ) from error
+    finally:
+        if scratch is not None:
+            Path(scratch).unlink(missing_ok=True)  # gone already when all went well
     return target

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import io
 import re
+import textwrap
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -38,6 +39,7 @@ __all__ = [
     "cosine_map",
     "drift_limits",
     "drift_panel",
+    "marker_of",
     "plane",
     "score_and_behavior",
 ]
@@ -66,6 +68,7 @@ _STAND_INS = {
 _VARIABLES = {color: f"var(--{name})" for name, color in _STAND_INS.items()}
 N_RUN_COLORS = 6
 MARKERS = ("o", "s", "^", "D", "v", "P")  # with the colours: two ways to tell runs apart
+_DOTTED = (0, (1.5, 1.8))
 _DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)))
 
 _STYLE: dict[str, Any] = {
@@ -115,6 +118,11 @@ def _run_color(index: int) -> str:
     return _STAND_INS[f"run-{index % N_RUN_COLORS}"]
 
 
+def marker_of(index: int) -> int:
+    """Which of `MARKERS` a run gets: shifted by one each time the colours start again."""
+    return (index + index // N_RUN_COLORS) % len(MARKERS)
+
+
 def _run_line(index: int) -> dict[str, Any]:
     turn = index // N_RUN_COLORS
     return {"color": _run_color(index), "linestyle": _DASHES[min(turn, len(_DASHES) - 1)], "linewidth": 1.8}
@@ -124,7 +132,7 @@ def _marker(index: int, *, filled: bool = True, size: float = 4.5) -> dict[str, 
     color = _run_color(index)
     return {
         "linestyle": "none",
-        "marker": MARKERS[index % len(MARKERS)],
+        "marker": MARKERS[marker_of(index)],
         "markersize": size,
         "markeredgecolor": color,
         "markeredgewidth": 1.4,
@@ -188,27 +196,32 @@ def _inline(document: str, *, key: str, width: float, height: float, label: str)
     return ElementTree.tostring(root, encoding="unicode", short_empty_elements=False)
 
 
-def _mark_missing(axes: Axes, steps: IntArray, values: FloatArray, index: int) -> None:
-    for step in np.asarray(steps)[~np.isfinite(values)]:
-        axes.text(
-            step,
-            0.985 - 0.1 * (index % 4),
-            "?",
-            transform=axes.get_xaxis_transform(),
-            color=_run_color(index),
-            ha="center",
-            va="top",
-            fontweight="bold",
-        )
+def _mark_missing(axes: Axes, series: Sequence[tuple[int, IntArray, FloatArray]]) -> None:
+    """A question mark at the top edge for each missing value of the (run, steps, values); a row per run."""
+    holes = [(index, np.asarray(steps)[~np.isfinite(values)]) for index, steps, values in series]
+    for row, (index, steps) in enumerate((index, steps) for index, steps in holes if steps.size):
+        for step in steps:
+            axes.annotate(
+                "?",
+                (step, 1),
+                xycoords=axes.get_xaxis_transform(),
+                xytext=(0, -2 - 14 * (row % 4)),
+                textcoords="offset points",
+                color=_run_color(index),
+                ha="center",
+                va="top",
+                fontweight="bold",
+                bbox={"facecolor": _STAND_INS["paper"], "edgecolor": "none", "pad": 0.5},
+            )
 
 
 def _step_axis(axes: Axes, runs: Sequence[RunSection]) -> None:
     steps = [step for run in runs for step in np.asarray(run.steps).tolist()]
     steps += [s for run in runs if run.behavior is not None for s in np.asarray(run.behavior.steps).tolist()]
     low, high = (min(steps), max(steps)) if steps else (0, 1)
-    pad = max(high - low, 1) * 0.04
+    pad = (high - low) * 0.04 or 1.0
     axes.set_xlim(low - pad, high + pad)
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
 
 
 def drift_limits(runs: Sequence[RunSection]) -> tuple[float, float]:
@@ -216,7 +229,7 @@ def drift_limits(runs: Sequence[RunSection]) -> tuple[float, float]:
     edges = [0.0]
     for run in runs:
         drift, se = _finite(run.drift), np.nan_to_num(_finite(run.se))
-        parts = [drift - se, drift + se]
+        parts: list[FloatArray] = [drift - se, drift + se]
         if run.null_band is not None:
             parts += [_finite(run.null_band.low), _finite(run.null_band.high)]
         edges += [float(edge) for part in parts for edge in part[np.isfinite(part)].ravel()]
@@ -231,15 +244,16 @@ def drift_panel(
     """Drift of one trait over the steps of all runs, with standard errors and the null band."""
 
     def paint(figure: Figure) -> None:
-        axes = figure.add_axes((0.19, 0.19, 0.785, 0.775))
+        axes = figure.add_axes((0.225, 0.19, 0.75, 0.775))
         _step_axis(axes, runs)
         axes.set_ylim(*limits)
-        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
         axes.yaxis.set_major_formatter(FuncFormatter(_signed))
         axes.set_xlabel("training step", labelpad=2)
         axes.set_ylabel("drift (of reference norm)", labelpad=2)
         _shade_null_bands(axes, runs, trait)
         axes.axhline(0, color=_STAND_INS["muted"], linewidth=0.8)
+        series = []
         for index, run in enumerate(runs):
             if trait not in run.traits:
                 continue
@@ -248,7 +262,8 @@ def drift_panel(
             axes.vlines(run.steps, values - se, values + se, color=_run_color(index), linewidth=1.2)
             axes.plot(run.steps, values, **_run_line(index))
             axes.plot(run.steps, values, **_marker(index, size=3.5))
-            _mark_missing(axes, run.steps, values, index)
+            series.append((index, run.steps, values))
+        _mark_missing(axes, series)
 
     return _draw(key, 270, 200, paint, label)
 
@@ -283,26 +298,31 @@ def score_and_behavior(runs: Sequence[RunSection], *, narrow: bool, key: str, la
     """Alarm score against its threshold; where it was measured, the EM rate below it on the same steps."""
     has_behavior = any(run.behavior is not None for run in runs)
     width = 400.0 if narrow else 720.0
-    alarms = sum(run.first_alarm_step is not None for run in runs)
-    rows = min(alarms, 3)
-    top, score, gap, rate, bottom = 10.0 + 15.0 * rows, 190.0, 34.0, 120.0, 42.0
+    alarms = [run.first_alarm_step for run in runs]
+    turns = [run.behavior_step if run.behavior is not None else None for run in runs]
+    top = max(24.0, 10.0 + 15.0 * _label_rows(alarms))  # room for a label of the axis that is longer than it
+    gap = 22.0 + 15.0 * _label_rows(turns)
+    score, rate, bottom = 190.0, 120.0, 42.0
     height = top + score + bottom + (gap + rate if has_behavior else 0)
-    left = 62.0 / width
+    left = 72.0 / width
 
     def paint(figure: Figure) -> None:
         upper = figure.add_axes((left, 1 - (top + score) / height, 1 - left - 12 / width, score / height))
         _step_axis(upper, runs)
-        upper.yaxis.set_major_locator(MaxNLocator(5))
+        upper.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
         upper.yaxis.set_major_formatter(FuncFormatter(_signed))
         units = {run.score_unit for run in runs}
         unit = units.pop() if len(units) == 1 else "units differ, see table"
-        upper.set_ylabel(f"alarm score\n({unit})", labelpad=4)
+        upper.set_ylabel("\n".join(["alarm score", *textwrap.wrap(f"({unit})", 38)[:2]]), labelpad=4)
         _paint_scores(upper, runs)
-        _paint_alarm_steps(upper, runs, rows)
+        _paint_events(upper, alarms, "first alarm", "-")
+        _paint_events(upper, turns, "", _DOTTED)
         if has_behavior:
             lower = figure.add_axes((left, bottom / height, 1 - left - 12 / width, rate / height))
             _step_axis(lower, runs)
             _paint_behavior(lower, runs)
+            _paint_events(lower, alarms, "", "-")
+            _paint_events(lower, turns, "EM rate passes its limit", _DOTTED)
             upper.tick_params(labelbottom=False)
         (lower if has_behavior else upper).set_xlabel("training step", labelpad=2)
 
@@ -324,12 +344,11 @@ def _paint_scores(axes: Axes, runs: Sequence[RunSection]) -> None:
         values = _finite(run.score)
         axes.plot(run.steps, values, **_run_line(index))
         for position, (step, value) in enumerate(zip(run.steps, values, strict=True)):
-            state = run.verdicts[position].state if run.verdicts else "CLEAR"
+            state = run.verdicts[position].state if run.verdicts else "INCONCLUSIVE"
             look = _marker(index, filled=state == "ALARM", size=6)
             if state == "INCONCLUSIVE":
                 look |= {"marker": "x", "markersize": 7.0, "markeredgewidth": 2.0}
             axes.plot([step], [value], **look)
-        _mark_missing(axes, run.steps, values, index)
         if run.threshold is None or len(run.steps) == 0:
             continue
         line = np.broadcast_to(_finite(np.asarray(run.threshold)), (len(run.steps),))
@@ -353,23 +372,34 @@ def _paint_scores(axes: Axes, runs: Sequence[RunSection]) -> None:
                 color=color,
                 va="bottom",
             )
-    axes.margins(y=0.1)
+    _mark_missing(axes, [(index, run.steps, _finite(run.score)) for index, run in enumerate(runs)])
+    holes = any(not np.isfinite(run.score).all() for run in runs)
+    axes.margins(y=0.18 if holes else 0.1)
+    if not any(np.isfinite(run.score).any() for run in runs):
+        axes.set_yticks([])  # nothing is drawn here but question marks: no scale may suggest a value
 
 
-def _paint_alarm_steps(axes: Axes, runs: Sequence[RunSection], rows: int) -> None:
+def _label_rows(events: Sequence[int | None]) -> int:
+    return min(sum(step is not None for step in events), 3)
+
+
+def _paint_events(axes: Axes, events: Sequence[int | None], what: str, line: object) -> None:
+    """A vertical line at each run's event; `what` labels the first three above the frame, one row each."""
     row = 0
-    for index, run in enumerate(runs):
-        if run.first_alarm_step is None:
+    low, high = axes.get_xlim()
+    for index, step in enumerate(events):
+        if step is None:
             continue
-        axes.axvline(run.first_alarm_step, color=_run_color(index), linewidth=1.0)
-        low, high = axes.get_xlim()
-        right = run.first_alarm_step > low + 0.75 * (high - low)
-        if row < rows:
+        axes.axvline(
+            step, color=_run_color(index), linewidth=1.1, linestyle=line, alpha=1.0 if what else 0.45
+        )
+        if what and row < _label_rows(events):
+            right = step > low + 0.5 * (high - low)
             axes.annotate(
-                f"first alarm: step {run.first_alarm_step}",
-                (run.first_alarm_step, 1),
+                f"{what}: step {step}",
+                (step, 1),
                 xycoords=axes.get_xaxis_transform(),
-                xytext=(-3 if right else 0, 4 + 15 * row),
+                xytext=(3 if right else -3, 4 + 15 * row),
                 textcoords="offset points",
                 color=_run_color(index),
                 ha="right" if right else "left",
@@ -380,7 +410,7 @@ def _paint_alarm_steps(axes: Axes, runs: Sequence[RunSection], rows: int) -> Non
 
 
 def _paint_behavior(axes: Axes, runs: Sequence[RunSection]) -> None:
-    tops = [0.1]
+    tops, series = [0.1], []
     for index, run in enumerate(runs):
         curve = run.behavior
         if curve is None:
@@ -391,9 +421,7 @@ def _paint_behavior(axes: Axes, runs: Sequence[RunSection]) -> None:
         axes.vlines(curve.steps, low, high, color=_run_color(index), linewidth=1.2)
         axes.plot(curve.steps, rate, **_run_line(index))
         axes.plot(curve.steps, rate, **_marker(index, size=4.5))
-        _mark_missing(axes, curve.steps, rate, index)
-        if run.behavior_step is not None:
-            axes.axvline(run.behavior_step, color=_run_color(index), linewidth=1.2, linestyle=(0, (1.5, 1.8)))
+        series.append((index, curve.steps, rate))
     for limit in sorted({run.behavior_threshold for run in runs if run.behavior is not None}):
         axes.axhline(100 * limit, color=_STAND_INS["ink"], linewidth=1.2, linestyle=(0, (5, 3)))
         axes.annotate(
@@ -404,12 +432,14 @@ def _paint_behavior(axes: Axes, runs: Sequence[RunSection]) -> None:
             textcoords="offset points",
             va="bottom",
         )
-    axes.set_ylim(0, min(max(tops) * 108, 104))
-    axes.yaxis.set_major_locator(MaxNLocator(4))
+    top = min(max(tops) * 108, 104)
+    axes.set_ylim(-0.03 * top, top)
+    axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
+    _mark_missing(axes, series)
     axes.set_ylabel("EM rate\n(% of scored)", labelpad=4)
 
 
-def plane(paths: Sequence[PlanePath], *, axis_name: str, key: str, label: str) -> str:
+def plane(paths: Sequence[PlanePath], *, colors: Sequence[int], axis_name: str, key: str, label: str) -> str:
     """Where each run's drift points (cosine to the axis) and how long it is (magnitude), in step order."""
 
     def paint(figure: Figure) -> None:
@@ -419,12 +449,12 @@ def plane(paths: Sequence[PlanePath], *, axis_name: str, key: str, label: str) -
         axes.set_xlim(-1.1, 1.1)
         axes.set_xticks([-1, -0.5, 0, 0.5, 1])
         axes.xaxis.set_major_formatter(FuncFormatter(_signed))
-        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
         axes.set_xlabel(f"direction: cosine of drift to the {axis_name}", labelpad=2)
         axes.set_ylabel("magnitude of drift (of reference norm)", labelpad=4)
         finite = [m for path in paths for m in _finite(path.magnitude) if np.isfinite(m)]
         axes.set_ylim(0, (max(finite, default=0) or 1) * 1.14)
-        for index, path in enumerate(paths):
+        for index, path in zip(colors, paths, strict=True):
             _paint_path(axes, path, index)
 
     return _draw(key, 400, 340, paint, label)
@@ -438,7 +468,7 @@ def _paint_path(axes: Axes, path: PlanePath, index: int) -> None:
         last = position == drawn[-1]
         alarmed = path.alarm_step is not None and path.steps[position] >= path.alarm_step
         axes.plot([x[position]], [y[position]], **_marker(index, filled=alarmed, size=8 if last else 5))
-        if last or position == drawn[0]:
+        if last:
             right = x[position] > 0.55
             axes.annotate(
                 f"step {path.steps[position]}",
@@ -447,7 +477,7 @@ def _paint_path(axes: Axes, path: PlanePath, index: int) -> None:
                 textcoords="offset points",
                 ha="right" if right else "left",
                 color=_run_color(index),
-                fontweight="bold" if last else "normal",
+                fontweight="bold",
             )
 
 
@@ -456,8 +486,9 @@ def cosine_map(traits: Sequence[str], cosines: FloatArray, *, key: str, label: s
     count = len(traits)
     names = [name.replace("_", " ") for name in traits]
     margin = 14.0 + 6.4 * max(map(len, names), default=0)
-    cell = max(40.0, (400.0 - margin) / max(count, 1))
-    width, height = margin + cell * count + 2, margin * 0.82 + 36 * count + 4
+    cell = max(38.0, (400.0 - 1.42 * margin) / max(count, 1))
+    overhang = 0.42 * margin  # the last slanted column name leans out to the right
+    width, height = margin + cell * count + overhang, margin * 0.72 + 36 * count + 4
 
     def paint(figure: Figure) -> None:
         axes = figure.add_axes((margin / width, 2 / height, cell * count / width, 36 * count / height))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import TypeGuard
 
 import numpy as np
 
@@ -19,8 +20,11 @@ from tiltmeter.report import BehaviorSection, Rate, RunSection, VerdictRow
 __all__ = [
     "behavior_verdict",
     "count",
+    "events_title",
     "fixed",
     "flatten",
+    "is_known",
+    "known_or_none",
     "listing",
     "number",
     "order_of_events",
@@ -37,28 +41,33 @@ _MINUS = "\N{MINUS SIGN}"
 _SMALL = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
 
-def is_known(value: float | None) -> bool:
+def is_known(value: float | None) -> TypeGuard[float]:
     """Whether there is a finite number."""
     return value is not None and math.isfinite(value)
 
 
+def known_or_none(value: float) -> float | None:
+    """A float out of an array, None where it is not finite."""
+    return float(value) if math.isfinite(value) else None
+
+
 def number(value: float | None, digits: int = 3) -> str:
     """A number with `digits` significant digits and a real minus sign."""
-    if value is None or not math.isfinite(value):
+    if not is_known(value):
         return NO_VALUE
     return f"{value:.{digits}g}".replace("-", _MINUS)
 
 
 def fixed(value: float | None, places: int = 3, *, sign: bool = False) -> str:
     """A number with a fixed number of decimals, for columns."""
-    if value is None or not math.isfinite(value):
+    if not is_known(value):
         return NO_VALUE
     return f"{value:{'+' if sign else ''}.{places}f}".replace("-", _MINUS)
 
 
 def percent(share: float | None) -> str:
     """A share as a percentage; small ones keep one decimal more, and nothing positive is rounded to 0 %."""
-    if share is None or not math.isfinite(share):
+    if not is_known(share):
         return NO_VALUE
     if 0 < share < 0.0005:
         return f"< 0.1{_NBSP}%"
@@ -77,7 +86,6 @@ def rate_in_words(rate: Rate) -> str:
     """A rate with its counts and interval."""
     if not is_known(rate.value):
         return f"no rate ({rate.n} scored)"
-    assert rate.value is not None
     hits = round(rate.value * rate.n)
     return f"{percent(rate.value)} ({hits} of {rate.n}; {percent_interval(rate.low, rate.high)})"
 
@@ -116,7 +124,7 @@ def flatten(tree: Mapping[str, object], prefix: str = "") -> list[tuple[str, str
 
 
 def unjudged(run: RunSection) -> list[tuple[int, str]]:
-    """Readings that nobody could judge, with the reason; the reference itself, which has no drift, is none."""
+    """Readings that could not be judged, with the reason. The reference, which has no drift, is not one."""
     holes = []
     for position, step in enumerate(np.asarray(run.steps).tolist()):
         if run.drift.shape[1] and not np.any(run.drift[position]):
@@ -142,14 +150,20 @@ def run_verdict(run: RunSection) -> VerdictRow:
     if run.verdict is not None and run.verdict.state == "ALARM":
         return run.verdict
     if alarms:
-        said = f" The verdict on the whole run says {run.verdict.state}; the alarm counts." if run.verdict else ""
+        said = (
+            f" The verdict on the whole run says {run.verdict.state}; the alarm counts."
+            if run.verdict
+            else ""
+        )
         return replace(alarms[0], reason=alarms[0].reason + said)
     blank = VerdictRow(state="INCONCLUSIVE", reason="")
     if len(run.steps) == 0:
         return replace(run.verdict or blank, state="INCONCLUSIVE", reason="The run holds no reading.")
     if run.verdict is None and not run.verdicts:
         return replace(blank, reason="No detector has judged this run.")
-    verdict = run.verdict or max(run.verdicts, key=lambda row: row.score if is_known(row.score) else -math.inf)
+    verdict = run.verdict or max(
+        run.verdicts, key=lambda row: row.score if is_known(row.score) else -math.inf
+    )
     doubt = _doubt(run, verdict)
     return replace(verdict, state="INCONCLUSIVE", reason=doubt) if doubt else verdict
 
@@ -167,8 +181,6 @@ def _doubt(run: RunSection, clear: VerdictRow) -> str:
     if not is_known(clear.score) or not is_known(clear.threshold):
         missing = "score" if not is_known(clear.score) else "threshold"
         return f"The detector said CLEAR without a {missing}, so there is nothing to hold it to."
-    assert clear.score is not None
-    assert clear.threshold is not None
     if clear.score > clear.threshold:
         return "The detector said CLEAR, but the score is above the threshold: these do not fit together."
     if run.first_alarm_step is not None:
@@ -207,3 +219,19 @@ def order_of_events(run: RunSection) -> str:
     if lead == 0:
         return f"{alarm}; {turned}: at the same step"
     return f"{alarm}; {turned}: {abs(lead)} steps {'earlier' if lead > 0 else 'too late'}"
+
+
+def events_title(run: RunSection) -> str:
+    """The order of events as a title's clause: 'poisoned alarms 10 steps before its EM rate passes 5 %'."""
+    turned = f"its EM rate passes {percent(run.behavior_threshold)}"
+    if run.first_alarm_step is None:
+        if run.behavior_step is not None:
+            return f"{run.name} never alarms although {turned} at step {run.behavior_step}"
+        state = run_verdict(run).state
+        return f"{run.name} cannot be judged" if state == "INCONCLUSIVE" else f"{run.name} never alarms"
+    if run.behavior_step is None:
+        return f"{run.name} alarms at step {run.first_alarm_step}"
+    lead = run.behavior_step - run.first_alarm_step
+    if lead == 0:
+        return f"{run.name} alarms at the step at which {turned}"
+    return f"{run.name} alarms {abs(lead)} steps {'before' if lead > 0 else 'after'} {turned}"

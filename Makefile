@@ -1,0 +1,44 @@
+# Five verbs. Each does its own set-up: a virtual environment in .venv, installed under constraints.txt.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test check bench docs fix organism organism-report setup
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch -c constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' -c constraints.txt
+	touch $(STAMP)
+
+demo: $(STAMP)      ## the whole story, offline, on the pocket organism
+	$(BIN)/tiltmeter demo
+
+test: $(STAMP)      ## the default tests: offline, CPU, warnings as errors
+	$(BIN)/python -m pytest
+
+check: $(STAMP)     ## lint, types, generated docs
+	$(BIN)/ruff check src tests
+	$(BIN)/ruff format --check src tests
+	$(BIN)/mypy
+	$(BIN)/python docs/make.py --check
+
+fix: $(STAMP)
+	$(BIN)/ruff check --fix src tests
+	$(BIN)/ruff format src tests
+
+docs: $(STAMP)      ## regenerate the pages that are made from code and from docs/results
+	$(BIN)/python docs/make.py
+
+bench: $(STAMP)     ## measure speed; writes docs/results/speed.json
+	$(BIN)/python bench/bench.py
+
+organism: $(STAMP)  ## grow the shipped organism anew (about 15 minutes on two cores)
+	$(BIN)/tiltmeter organism build --family llama --size S --name pocket --out .cache/organisms/pocket
+
+organism-report: $(STAMP)  ## what the organism does and how the detector does on it (about an hour on two cores)
+	$(BIN)/tiltmeter study organism --out .cache/organism-report --results docs/results/organism.json
+	$(BIN)/python docs/make.py

@@ -1,0 +1,259 @@
+"""PEFT adapters: put one on a model, switch it off, say whether it does anything. Used through `lm`.
+
+What must not happen here: an adapter that silently does not act. Its readings would show no drift and look
+safe. So an adapter is read and checked before it is put on, every tensor must find its place, and a base
+model that others hold is never changed: the adapted model has modules of its own around the same weight
+tensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import re
+import warnings
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+
+from tiltmeter.errors import AdapterError, InactiveAdapter, NumericalError
+
+if TYPE_CHECKING:
+    from tiltmeter.lm import LM
+
+__all__ = ["active_adapter", "adapter_base", "attach", "base_parameters", "state", "without_adapter"]
+
+_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def adapter_folder(adapter: str | Path) -> Path:
+    """The local folder of an adapter, fetched from the hub if it is no path.
+
+    Raises:
+        AdapterError: there is no such folder or repository, or it holds no adapter.
+    """
+    folder = Path(adapter).expanduser()
+    if not folder.exists():
+        from tiltmeter.lm import looks_like_hub_id
+
+        if not looks_like_hub_id(str(adapter)) or "/" not in str(adapter):
+            raise AdapterError(f"the adapter folder '{adapter}' does not exist; check the path")
+        folder = _fetch(str(adapter))
+    if not (folder / _CONFIG).is_file():
+        raise AdapterError(
+            f"'{adapter}' holds no {_CONFIG}; a folder that PEFT saved is needed, such as a trainer's "
+            "checkpoint-N"
+        )
+    if not (folder / _WEIGHTS).is_file():
+        pickled = " (adapter_model.bin is a pickle, which can run code and is never read)"
+        extra = pickled if (folder / "adapter_model.bin").exists() else ""
+        raise AdapterError(f"'{adapter}' holds no {_WEIGHTS}{extra}; save the adapter as safetensors")
+    return folder
+
+
+def _fetch(adapter: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(adapter, allow_patterns=[_CONFIG, _WEIGHTS]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise AdapterError(
+            f"the adapter '{adapter}' is no folder here and could not be fetched from the hub ({error}); "
+            "check the spelling and the connection"
+        ) from error
+
+
+def adapter_config(folder: Path) -> dict[str, Any]:
+    """The content of adapter_config.json.
+
+    Raises:
+        AdapterError: it is no JSON object.
+    """
+    try:
+        content = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise AdapterError(
+            f"{folder / _CONFIG} cannot be read as JSON ({error}); save the adapter again"
+        ) from error
+    if not isinstance(content, dict) or "peft_type" not in content:
+        raise AdapterError(
+            f"{folder / _CONFIG} names no peft_type, so it is no PEFT config; save the adapter again"
+        )
+    return content
+
+
+def adapter_base(folder: Path) -> str:
+    """The base model that an adapter names.
+
+    Raises:
+        AdapterError: it names none.
+    """
+    base = adapter_config(folder).get("base_model_name_or_path")
+    if not base:
+        raise AdapterError(
+            f"the adapter in '{folder}' does not name its base model; load the base and pass adapter="
+        )
+    return str(base)
+
+
+def attach(lm: LM, adapter: str | Path) -> tuple[nn.Module, str]:
+    """See `lm.attach`; returns the adapted model and the adapter's name."""
+    from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+
+    folder = adapter_folder(adapter)
+    settings = adapter_config(folder)
+    weights = _read(folder)
+    shared = list(lm.model.parameters())
+    flags = [p.requires_grad for p in shared]
+    wrong = f"the adapter in '{folder}' does not fit '{lm.name}'"
+    advice = f"it was trained on '{settings.get('base_model_name_or_path')}': put it on that model"
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+        if config.is_prompt_learning or config.is_adaption_prompt:
+            raise AdapterError(
+                f"the adapter in '{folder}' is of type {settings['peft_type']}, which adds prompt tokens "
+                "instead of changing weights; only weight adapters such as LoRA can be read"
+            )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # what PEFT warns of is checked below, as an error
+            model = PeftModel.from_pretrained(_plain_twin(lm.model), str(folder), torch_device=str(lm.device))
+    except (ValueError, RuntimeError, KeyError, TypeError) as error:
+        if isinstance(error, AdapterError):
+            raise
+        raise AdapterError(f"{wrong} ({_first_line(error)}); {advice}") from error
+    finally:
+        for parameter, flag in zip(shared, flags, strict=True):
+            parameter.requires_grad_(flag)
+    expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    if stray := sorted(set(weights) ^ expected):
+        raise AdapterError(
+            f"{wrong}: {len(stray)} tensors have no counterpart, such as '{stray[0]}'; {advice}"
+        )
+    if state(model) == "zero":
+        raise InactiveAdapter(
+            f"the adapter in '{folder}' is inactive: every B matrix is zero, so it changes nothing; "
+            "use a checkpoint saved after training began"
+        )
+    return model, str(adapter)
+
+
+def _read(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = folder / _WEIGHTS
+    try:
+        weights: dict[str, torch.Tensor] = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(
+            f"{path} is truncated or no safetensors file ({error}); save the adapter again"
+        ) from error
+    if not weights:
+        raise AdapterError(f"{path} holds no tensors; save the adapter again")
+    for name, tensor in weights.items():
+        if not torch.isfinite(tensor).all():
+            raise NumericalError(
+                f"the tensor '{name}' in {path} holds NaN or infinity; the run diverged, so use an earlier "
+                "checkpoint"
+            )
+    return weights
+
+
+def _acts(tensors: Iterable[tuple[str, torch.Tensor]]) -> bool:
+    """Whether adapter tensors change the model: LoRA by its B side, IA3 by its scales, anything else by being
+    there."""
+    for name, tensor in tensors:
+        if re.search(r"lora_A|lora_embedding_A|lora_magnitude_vector", name):
+            continue
+        neutral = 1.0 if "ia3_" in name else 0.0
+        if bool((tensor != neutral).any()):
+            return True
+    return False
+
+
+def _plain_twin(model: nn.Module) -> Any:
+    """A copy of the module tree around the same tensors, without adapter: PEFT rebuilds modules in place, and
+    a caller who holds `model` as the reference would otherwise read the adapted one."""
+    from peft import PeftModel
+
+    tensors = {id(t): t for t in chain(model.parameters(), model.buffers())}
+    twin = copy.deepcopy(model, dict(tensors))
+    return twin.unload() if isinstance(twin, PeftModel) else twin
+
+
+def _tuner_layers(model: nn.Module) -> list[Any]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import AuxiliaryTrainingWrapper
+
+    return [m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+
+
+def _is_wrapper(layer: nn.Module) -> bool:
+    """Whether PEFT trains a full copy of this module, instead of an adapter to it."""
+    from peft.utils import AuxiliaryTrainingWrapper
+
+    return isinstance(layer, AuxiliaryTrainingWrapper)
+
+
+def active_adapter(model: nn.Module) -> str | None:
+    """The names of the adapters that act, joined by "+", or None."""
+    names = {n for layer in _tuner_layers(model) if not layer.disable_adapters for n in layer.active_adapters}
+    return "+".join(sorted(names)) or None
+
+
+def state(model: nn.Module) -> Literal["none", "active", "zero"]:
+    """See `lm.adapter_state`."""
+    tensors: list[tuple[str, torch.Tensor]] = []
+    acting = False
+    for layer in _tuner_layers(model):
+        if layer.disable_adapters:
+            continue
+        original = dict(layer.original_module.named_parameters()) if _is_wrapper(layer) else {}
+        for name, parameter in layer.named_parameters():
+            if set(layer.active_adapters) & set(name.split(".")):
+                acting = True
+                before = original.get(name.split(".", 2)[-1]) if name.startswith("modules_to_save.") else None
+                tensors.append(
+                    (name, parameter.detach() if before is None else parameter.detach() - before.detach())
+                )
+    if not acting:
+        return "none"
+    return "active" if _acts(tensors) else "zero"
+
+
+@contextlib.contextmanager
+def without_adapter(model: nn.Module) -> Iterator[None]:
+    """Switch every adapter layer off, and back to what it was: on or off, trainable or frozen."""
+    layers = [layer for layer in _tuner_layers(model) if not layer.disable_adapters]
+    flags = [(p, p.requires_grad) for layer in layers for p in layer.parameters()]
+    try:
+        for layer in layers:
+            layer.enable_adapters(False)
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+def base_parameters(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """The parameters of the plain model by their plain names, sorted, whether adapters lie over it or not."""
+    from peft import PeftModel
+
+    core: nn.Module = model.get_base_model() if isinstance(model, PeftModel) else model
+    own = {id(p) for layer in _tuner_layers(core) for p in layer.parameters()}
+    inner = [x.original_module if _is_wrapper(x) else x.get_base_layer() for x in _tuner_layers(core)]
+    own -= {id(p) for layer in inner for p in layer.parameters()}
+    plain = ((n, p) for n, p in core.named_parameters() if id(p) not in own)
+    return sorted((re.sub(r"\.(base_layer|original_module)(?=\.|$)", "", name), p) for name, p in plain)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__

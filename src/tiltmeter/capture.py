@@ -1,0 +1,388 @@
+"""Read activations: what leaves chosen decoder blocks, at the last prompt token or averaged over the prompt.
+
+One pass reads every wanted layer. Prompts that share a prefix share its computation (see `plan`), the pass
+ends at the last wanted block, no logits are made, and only the wanted rows leave the model, in float32. This
+module knows neither traits nor drift; architectures are `lm`'s affair.
+
+    activations = capture(lm, lm.encode_prompts(prompts), layers=[10, 14])
+    activations.at(14)                                       # (prompts, hidden)
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from tiltmeter.errors import InputError, LayerError, NumericalError
+from tiltmeter.lm import LM, TREE_TESTED, context_length, length_limit, tree_obstacle, undisturbed
+from tiltmeter.plan import BatchPlan, Method, RowCost, lay_tree, padded_rows, tree_rows
+
+__all__ = ["Activations", "BatchPlan", "Pooling", "Projections", "capture", "plan_batches", "project"]
+
+FloatArray = npt.NDArray[np.float32]
+Pooling = Literal["last_token", "mean"]
+Progress = Callable[[int, int, str], None]
+
+_TREE_TOKENS = 2048  # bounds the mask and the attention scores, which grow with the square
+_PADDED_TOKENS = 4096
+# Attention between strangers in a tree row is computed and masked; its time per operation against that of a
+# matrix product, and the overhead of launching one block in operations, both measured on a CPU with a 135M
+# model.
+_ATTENTION_PENALTY = 4.0
+_BLOCK_OVERHEAD = 2.5e7
+_PROBES = 4
+_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}  # relative, for the probe; half precision: 5e-2
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Pooled block outputs.
+
+    Attributes:
+        layers: which blocks.
+        values: (layers, prompts, hidden) float32, in the order of `layers` and of the prompts.
+        pooling: "last_token" or "mean" (over the prompt's tokens).
+        plan: how the prompts were batched.
+    """
+
+    layers: tuple[int, ...]
+    values: FloatArray
+    pooling: Pooling
+    plan: BatchPlan
+
+    def at(self, layer: int) -> FloatArray:
+        """The (prompts, hidden) activations after block `layer`.
+
+        Raises:
+            LayerError: that layer was not read.
+        """
+        if layer not in self.layers:
+            raise LayerError(
+                f"layer {layer} was not captured; there is {list(self.layers)}: capture it as well"
+            )
+        values: FloatArray = self.values[self.layers.index(layer)]
+        return values
+
+
+class Projections(NamedTuple):
+    """Projections of pooled activations: `values` (prompts, directions) and `norms` (prompts,), both
+    float32."""
+
+    values: FloatArray
+    norms: FloatArray
+
+
+def plan_batches(
+    lm: LM,
+    token_ids: Sequence[Sequence[int]],
+    *,
+    max_tokens: int | None = None,
+    method: Method | None = None,
+    verify: bool | None = None,
+) -> BatchPlan:
+    """Lay prompts into forward passes; deterministic given the token ids and the model's shape.
+
+    Args:
+        lm: the model.
+        token_ids: the prompts.
+        max_tokens: the most tokens per row of several prompts; default 2,048 as a tree, 4,096 padded.
+        method: "tree", "padded" or "single"; default: "tree" where the model allows it. A method that is
+            asked for and cannot be right is replaced, with the reason in the plan.
+        verify: compare the tree with the plain pass on a few prompts first, and fall back where they differ.
+            Default: only for architectures that the tests do not cover.
+
+    Raises:
+        InputError: no prompts, an empty prompt, or one beyond the model's context.
+    """
+    _check_prompts(lm, token_ids)
+    if method is not None and method not in get_args(Method):
+        raise InputError(f"method '{method}' is not known; choose one of {', '.join(get_args(Method))}")
+    if max_tokens is not None and max_tokens < 1:
+        raise InputError(f"max_tokens must be at least 1, got {max_tokens}")
+    longest = max(map(len, token_ids))
+    if method == "single" or longest > length_limit(lm):
+        reason = (
+            "asked for"
+            if method == "single"
+            else "rotary frequencies depend on the longest prompt of a batch"
+        )
+        return BatchPlan("single", longest, tuple((i,) for i in range(len(token_ids))), reason)
+    obstacle = tree_obstacle(lm, longest)
+    if method != "padded" and not obstacle:
+        unit = lm.unit
+        cost = RowCost(unit.per_token, unit.per_pair * _ATTENTION_PENALTY, unit.per_layer * _BLOCK_OVERHEAD)
+        limit = max_tokens or _TREE_TOKENS
+        plan = BatchPlan(
+            "tree", limit, tree_rows(token_ids, cost=cost, max_tokens=limit), "shared prefixes are read once"
+        )
+        tested = lm.config.model_type in TREE_TESTED
+        if not (verify or (verify is None and not tested)):
+            return plan
+        error = _probe(lm, token_ids)
+        if error <= _TOLERANCE.get(lm.dtype, 5e-2):
+            return plan
+        obstacle = (
+            f"on {lm.config.model_type} the prefix tree differs from the plain pass by {error:.2g} (relative)"
+        )
+    limit = max_tokens or _PADDED_TOKENS
+    return BatchPlan("padded", limit, padded_rows(token_ids, max_tokens=limit), obstacle or "asked for")
+
+
+def capture(
+    lm: LM,
+    token_ids: Sequence[Sequence[int]],
+    layers: Sequence[int],
+    *,
+    pooling: Pooling = "last_token",
+    plan: BatchPlan | None = None,
+    progress: Progress | None = None,
+) -> Activations:
+    """Read the outputs of blocks `layers`, pooled per prompt; the model is left exactly as it was.
+
+    Args:
+        lm: the model.
+        token_ids: the prompts, as `LM.encode_prompts` gives them.
+        layers: block numbers from 0, in the order wanted.
+        pooling: "last_token", or "mean" over all tokens of the prompt.
+        plan: a plan made for these prompts; default `plan_batches(lm, token_ids)`.
+        progress: called with (prompts done, prompts in all, what is done).
+
+    Raises:
+        InputError: no prompts or layers, or a plan of other prompts.
+        LayerError: a layer outside the model.
+        NumericalError: NaN or infinity in what was read.
+    """
+    wanted = _check_layers(lm, layers)
+    plan = _check_plan(lm, token_ids, plan, pooling)
+    values = np.empty((len(wanted), len(token_ids), lm.hidden_size), dtype=np.float32)
+    done = 0
+    for row, pooled in _read(lm, token_ids, wanted, pooling, plan):
+        for at, layer in enumerate(wanted):
+            values[at, row] = pooled[layer].cpu().numpy()
+        done += len(row)
+        if progress is not None:
+            progress(done, len(token_ids), "reading activations")
+    _refuse_non_numbers(values, lm)
+    return Activations(wanted, values, pooling, plan)
+
+
+def project(
+    lm: LM,
+    token_ids: Sequence[Sequence[int]],
+    layer: int,
+    directions: npt.NDArray[np.floating[Any]],
+    *,
+    pooling: Pooling = "last_token",
+    plan: BatchPlan | None = None,
+) -> Projections:
+    """Project pooled activations after block `layer` onto directions, on the device and in float32.
+
+    Args:
+        lm: the model.
+        token_ids: the prompts.
+        layer: the block.
+        directions: (directions, hidden); used as they are, so give unit vectors for projections in activation
+            units.
+        pooling: as in `capture`.
+        plan: as in `capture`.
+
+    Returns:
+        The projections and the activation norms: all that leaves the device.
+
+    Raises:
+        InputError: directions of another width; otherwise as `capture`.
+    """
+    if directions.ndim != 2 or directions.shape[1] != lm.hidden_size:
+        raise InputError(
+            f"directions of shape {directions.shape} do not fit a model of width {lm.hidden_size}; "
+            "they must be (directions, hidden) and come from this model"
+        )
+    wanted = _check_layers(lm, [layer])
+    plan = _check_plan(lm, token_ids, plan, pooling)
+    matrix = torch.from_numpy(np.ascontiguousarray(directions, dtype=np.float32)).to(lm.device)
+    values = np.empty((len(token_ids), len(directions)), dtype=np.float32)
+    norms = np.empty(len(token_ids), dtype=np.float32)
+    for row, pooled in _read(lm, token_ids, wanted, pooling, plan):
+        hidden = pooled[wanted[0]]
+        values[list(row)] = (hidden @ matrix.to(hidden.device).T).cpu().numpy()
+        norms[list(row)] = torch.linalg.vector_norm(hidden, dim=-1).cpu().numpy()
+    _refuse_non_numbers(values, lm)
+    _refuse_non_numbers(norms, lm)
+    return Projections(values, norms)
+
+
+# ---------------------------------------------------------------------- forward passes
+
+
+class _Enough(Exception):
+    """Not an error: the last wanted block has spoken, and the forward pass can end."""
+
+
+class _Inputs(NamedTuple):
+    """What one row feeds the model, and where its prompts stand in it: `pool` maps (1 or n, T, hidden) to (n,
+    hidden)."""
+
+    arguments: dict[str, torch.Tensor]
+    pool: Callable[[torch.Tensor], torch.Tensor]
+
+
+def _read(
+    lm: LM, token_ids: Sequence[Sequence[int]], layers: tuple[int, ...], pooling: Pooling, plan: BatchPlan
+) -> Iterator[tuple[list[int], dict[int, torch.Tensor]]]:
+    """Yield per row the prompt indices and, by layer, the pooled (prompts, hidden) activations in float32."""
+    for row in plan.rows:
+        inputs = _tree_inputs if plan.method == "tree" else _padded_inputs
+        arguments, pool = inputs(lm, token_ids, row, pooling)
+        with undisturbed(lm):
+            pooled = _forward(lm, arguments, layers, pool)
+        yield list(row), pooled
+
+
+def _forward(
+    lm: LM,
+    arguments: dict[str, torch.Tensor],
+    layers: tuple[int, ...],
+    pool: Callable[[torch.Tensor], torch.Tensor],
+) -> dict[int, torch.Tensor]:
+    pooled: dict[int, torch.Tensor] = {}
+    last = max(layers)
+
+    def listen(layer: int) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            hidden = output[0] if isinstance(output, tuple) else output
+            pooled[layer] = pool(hidden)
+            if layer == last:
+                raise _Enough
+
+        return hook
+
+    blocks = lm.blocks
+    with contextlib.ExitStack() as stack:
+        for layer in set(layers):
+            stack.callback(blocks[layer].register_forward_hook(listen(layer)).remove)
+        with contextlib.suppress(_Enough):
+            lm.forward(**arguments)
+    return pooled
+
+
+def _tree_inputs(lm: LM, token_ids: Sequence[Sequence[int]], row: Sequence[int], pooling: Pooling) -> _Inputs:
+    tree = lay_tree(token_ids, row)
+    device = lm.device
+    # Additive, since eager attention adds it; the lowest finite value, since -inf less -inf is NaN.
+    mask = torch.zeros(tree.visible.shape, dtype=lm.dtype)
+    mask.masked_fill_(torch.from_numpy(~tree.visible), torch.finfo(lm.dtype).min)
+    arguments = {
+        "input_ids": torch.from_numpy(tree.ids)[None].to(device),
+        "position_ids": torch.from_numpy(tree.depths)[None].to(device),
+        "attention_mask": mask[None, None].to(device),
+    }
+    if pooling == "last_token":
+        ends = torch.tensor([path[-1] for path in tree.paths])
+        return _Inputs(arguments, lambda hidden: hidden[0].index_select(0, ends.to(hidden.device)).float())
+    weights = torch.zeros(len(row), len(tree.ids))
+    for at, path in enumerate(tree.paths):
+        weights[at, torch.from_numpy(path)] = 1 / len(path)
+    return _Inputs(arguments, lambda hidden: weights.to(hidden.device) @ hidden[0].float())
+
+
+def _padded_inputs(
+    lm: LM, token_ids: Sequence[Sequence[int]], row: Sequence[int], pooling: Pooling
+) -> _Inputs:
+    lengths = torch.tensor([len(token_ids[i]) for i in row])
+    width = int(lengths.max())
+    ids = torch.full((len(row), width), lm.pad_id)
+    for at, i in enumerate(row):
+        ids[at, : len(token_ids[i])] = torch.tensor(token_ids[i])
+    real = torch.arange(width)[None] < lengths[:, None]  # (prompts, width): padding on the right
+    arguments = {"input_ids": ids.to(lm.device)}
+    if not bool(real.all()):
+        arguments["attention_mask"] = real.long().to(lm.device)
+    if pooling == "last_token":
+        return _Inputs(
+            arguments,
+            lambda hidden: hidden[
+                torch.arange(len(row), device=hidden.device), (lengths - 1).to(hidden.device)
+            ].float(),
+        )
+    weights = real.float() / lengths[:, None]
+    return _Inputs(
+        arguments, lambda hidden: torch.einsum("pt,pth->ph", weights.to(hidden.device), hidden.float())
+    )
+
+
+def _probe(lm: LM, token_ids: Sequence[Sequence[int]]) -> float:
+    """The largest relative difference between tree and plain pass after the last block, on a few prompts."""
+    order = sorted(range(len(token_ids)), key=lambda i: len(token_ids[i]))
+    picks = sorted({order[round(at)] for at in np.linspace(0, len(order) - 1, _PROBES)})
+    # A short stem of the longest prompt branches off inside it, so that there is always a prefix to share.
+    longest = list(token_ids[order[-1]])
+    prompts = [list(token_ids[i]) for i in picks] + [longest[: max(1, len(longest) // 2)]]
+    layers = (lm.n_layers - 1,)
+    tree = BatchPlan("tree", 0, (tuple(range(len(prompts))),), "")
+    plain = BatchPlan("single", 0, tuple((i,) for i in range(len(prompts))), "")
+    (_, packed), *_ = _read(lm, prompts, layers, "last_token", tree)
+    alone = torch.cat([pooled[layers[0]] for _, pooled in _read(lm, prompts, layers, "last_token", plain)])
+    together = packed[layers[0]]
+    scale = torch.linalg.vector_norm(alone, dim=-1)
+    error = float((torch.linalg.vector_norm(together - alone, dim=-1) / scale).max())
+    return error if np.isfinite(error) else float("inf")
+
+
+# ---------------------------------------------------------------------- checks
+
+
+def _check_prompts(lm: LM, token_ids: Sequence[Sequence[int]]) -> None:
+    if not len(token_ids):
+        raise InputError("no prompts were given; a reading needs at least one")
+    lengths = [len(ids) for ids in token_ids]
+    if min(lengths) == 0:
+        raise InputError(f"prompt {lengths.index(0)} has no tokens; leave it out or give it text")
+    limit = context_length(lm)
+    if max(lengths) > limit:
+        raise InputError(
+            f"prompt {lengths.index(max(lengths))} has {max(lengths)} tokens and the model's context is "
+            f"{limit}; shorten it"
+        )
+
+
+def _check_layers(lm: LM, layers: Sequence[int]) -> tuple[int, ...]:
+    if not len(layers):
+        raise InputError("no layers were given; name at least one block")
+    for layer in layers:
+        if not 0 <= layer < lm.n_layers:
+            raise LayerError(
+                f"layer {layer} is outside the model: '{lm.name}' has blocks 0 to {lm.n_layers - 1}; choose "
+                "one of them"
+            )
+    return tuple(int(layer) for layer in layers)
+
+
+def _check_plan(
+    lm: LM, token_ids: Sequence[Sequence[int]], plan: BatchPlan | None, pooling: Pooling
+) -> BatchPlan:
+    if pooling not in get_args(Pooling):
+        raise InputError(f"pooling '{pooling}' is not known; choose one of {', '.join(get_args(Pooling))}")
+    if plan is None:
+        return plan_batches(lm, token_ids)
+    _check_prompts(lm, token_ids)
+    plan.check(len(token_ids))
+    if plan.method == "tree" and (obstacle := tree_obstacle(lm, max(map(len, token_ids)))):
+        raise InputError(
+            f"the batch plan lays prompts as a prefix tree, but {obstacle}; make the plan for this model"
+        )
+    return plan
+
+
+def _refuse_non_numbers(values: FloatArray, lm: LM) -> None:
+    if not np.isfinite(values).all():
+        raise NumericalError(
+            f"the activations of '{lm.name}' hold NaN or infinity; its weights diverged or its dtype "
+            "overflows: read an earlier checkpoint, or load it in float32 or bfloat16"
+        )

@@ -1,0 +1,139 @@
+"""From the activations of two poles to one unit direction; linear probes between poles; projection.
+
+The direction of a trait is the unit mean difference between its poles (arXiv 2606.07631, Eq. 1):
+
+    v = (mean h+ - mean h-) / || mean h+ - mean h- ||
+
+Plain arrays in and out: this module knows no model, layer or prompt.
+
+    >>> direction(positive, negative) @ direction(positive, negative, "logistic")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tiltmeter.errors import InputError, NumericalError
+
+__all__ = ["METHODS", "Method", "direction", "probe_accuracy", "project"]
+
+FloatArray = NDArray[np.floating[Any]]
+Method = Literal["mean_difference", "pca", "logistic"]
+METHODS = ("mean_difference", "pca", "logistic")
+_FOLDS = 5
+
+
+def direction(positive: FloatArray, negative: FloatArray, method: Method = "mean_difference") -> FloatArray:
+    """The unit direction from one pole's activations to the other's.
+
+    Args:
+        positive: (n, hidden) activations of the positive pole.
+        negative: (m, hidden) activations of the negative pole; for "pca" the i-th rows form a pair.
+        method: "mean_difference" (arXiv 2606.07631, Eq. 1); "pca", the first principal axis of the paired
+            differences about zero; "logistic", the normal of an L2-regularised logistic regression. The last
+            two are turned to the side of the mean difference.
+
+    Returns:
+        (hidden,) float64, of unit length, pointing to the positive pole.
+
+    Raises:
+        InputError: "pca" with poles of different size.
+        NumericalError: the poles do not differ, or hold numbers that are not finite.
+    """
+    up, down = positive.astype(np.float64), negative.astype(np.float64)
+    lead = up.mean(axis=0) - down.mean(axis=0)
+    if method == "mean_difference":
+        found = lead
+    elif method == "pca":
+        if up.shape != down.shape:
+            raise InputError(
+                f"paired differences need poles of equal size, got {len(up)} and {len(down)} activations; "
+                "give both poles as many system prompts, or use method='mean_difference'"
+            )
+        found = np.linalg.svd(up - down, full_matrices=False)[2][0]
+    else:
+        reduced, rows = _reduce(np.concatenate([up, down]))
+        model = _logistic().fit(reduced, _labels(up, down))
+        found = model.coef_[0] @ rows
+    length = float(np.linalg.norm(found))
+    if not np.isfinite(length) or length <= 1e-9 * max(float(np.abs(up).max()), float(np.abs(down).max())):
+        raise NumericalError(
+            f"the two poles do not differ (difference of length {length:.3g}); give the trait system prompts "
+            "that call forth different answers, or another layer"
+        )
+    return np.asarray(found / length * (1.0 if found @ lead >= 0 else -1.0))
+
+
+def probe_accuracy(positive: FloatArray, negative: FloatArray, groups: Sequence[int]) -> float:
+    """Cross-validated accuracy of a linear probe between two poles: five-fold logistic regression.
+
+    Whole groups are left out, so that a probe has to know the trait and not a sentence that it was fitted on.
+
+    Args:
+        positive: (n, hidden) activations.
+        negative: (m, hidden) activations.
+        groups: (n + m,) the group of each row, positive rows first; group numbers run from 0.
+
+    Returns:
+        The share of left-out rows on the right side, 0 to 1.
+
+    Raises:
+        InputError: there are fewer than two groups.
+    """
+    labels = _labels(positive, negative)
+    numbers = np.asarray(groups)
+    n_folds = min(_FOLDS, int(numbers.max()) + 1)
+    if n_folds < 2:
+        raise InputError("cross-validation needs at least two groups, got one; give the pole more prompts")
+    reduced, _ = _reduce(np.concatenate([positive, negative]).astype(np.float64))
+    right = 0
+    for fold in range(n_folds):
+        out = numbers % n_folds == fold
+        model = _logistic().fit(reduced[~out], labels[~out])
+        right += int((model.predict(reduced[out]) == labels[out]).sum())
+    return right / len(labels)
+
+
+def _labels(positive: FloatArray, negative: FloatArray) -> NDArray[np.bool_]:
+    return np.repeat([True, False], [len(positive), len(negative)])
+
+
+def _logistic() -> Any:
+    from sklearn.linear_model import LogisticRegression
+
+    return LogisticRegression(C=1.0, max_iter=2000)
+
+
+def _reduce(points: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Rotate points into the space that they span, centred and scaled to unit mean variance.
+
+    An L2-regularised logistic regression with intercept gives the same predictions there, with n columns at
+    most instead of the model's width.
+
+    Returns:
+        The points (n, r), and the rows (r, hidden) that lead back.
+    """
+    centred = points - points.mean(axis=0)
+    left, singular, rows = np.linalg.svd(centred, full_matrices=False)
+    reduced = left * singular
+    scale = float(np.sqrt((reduced**2).sum() / points.size)) or 1.0
+    return reduced / scale, rows
+
+
+def project(activations: FloatArray, directions: FloatArray) -> NDArray[np.float32]:
+    """Activations (prompts, hidden) on directions (k, hidden): (prompts, k), in float32.
+
+    Raises:
+        InputError: the widths differ.
+    """
+    hidden = directions.shape[1]
+    if activations.ndim != 2 or activations.shape[1] != hidden:
+        raise InputError(
+            f"activations of shape {activations.shape} do not fit directions of width {hidden}; give "
+            f"(prompts, {hidden}), captured from the model and after the block that the directions belong to"
+        )
+    return np.asarray(activations.astype(np.float32) @ directions.astype(np.float32).T)

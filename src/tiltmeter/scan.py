@@ -1,0 +1,185 @@
+"""Judging models that are already trained: one, or many adapters on one base.
+
+A finished model has one reading, so its verdict is that of a run of one reading. What cannot be judged (an adapter
+that does nothing, NaN weights, another base, nothing to compare with) is INCONCLUSIVE with the reason; in a scan it
+does not end the scan.
+
+    >>> for found in scan(["a/adapter", "b/adapter"], base=tm.load("organism:pocket"), basis=basis, detector=detector):
+    ...     print(found.model, found.verdict.state)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from tiltmeter.basis import TraitBasis
+from tiltmeter.detector import Detector, Verdict, inconclusive
+from tiltmeter.drift import DriftProfile, Reading, drift, measure
+from tiltmeter.errors import InactiveAdapter, InputError, NumericalError, TiltmeterError
+from tiltmeter.lm import LM, adapter_state, attach, load
+from tiltmeter.runs import read_json
+
+__all__ = ["Finding", "judge_model", "judge_source", "read_reference", "scan"]
+
+_NO_DETECTOR = "no detector was given: the drift is measured, but nothing says how much of it is normal."
+
+
+@dataclass(frozen=True, eq=False)
+class Finding:
+    """What was found of one model.
+
+    Attributes:
+        model: its name, or its adapter's.
+        reading: None where it could not be measured.
+        profile: None where there is no reading or nothing to compare it with.
+        verdict: with the reason.
+        layer: the block after which was read, counted from 0.
+        reference: what drift is measured against.
+        traits: names of the drift numbers.
+    """
+
+    model: str
+    reading: Reading | None
+    profile: DriftProfile | None
+    verdict: Verdict
+    layer: int
+    reference: str
+    traits: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values: the verdict's fields, and `drift` and `se` by trait (None where there is none)."""
+        profile = self.profile
+        values = profile.to_dict() if profile else {"drift": [None] * len(self.traits), "se": [None] * len(self.traits)}
+        return {
+            "model": self.model,
+            **self.verdict.to_dict(),
+            "drift": dict(zip(self.traits, values["drift"], strict=True)),
+            "se": dict(zip(self.traits, values["se"], strict=True)),
+            "norm_ratio": values.get("norm_ratio"),
+            "n_prompts": self.reading.n if self.reading else 0,
+            "layer": self.layer,
+            "reference": self.reference,
+        }
+
+
+def read_reference(path: str | Path) -> Reading:
+    """A stored reading to compare with: a JSON file that `tiltmeter measure --save` wrote.
+
+    Raises:
+        ArtifactError: the file is missing, damaged or holds something else.
+    """
+    content = read_json(Path(path))
+    return Reading.from_dict(content.get("reading", content))
+
+
+def judge_model(
+    lm: LM,
+    basis: TraitBasis,
+    detector: Detector | None = None,
+    *,
+    reference: Reading | Literal["base", "step0"] = "base",
+) -> Finding:
+    """Measure one model and judge it.
+
+    Args:
+        lm: the model, with its adapter active.
+        basis: fitted on the untouched model.
+        detector: without one, the verdict is INCONCLUSIVE.
+        reference: a reading, or the model without its adapter ("base" and "step0" are the same for a LoRA adapter
+            that began from its base).
+
+    Raises:
+        FingerprintMismatch: the basis was fitted on another model.
+        InputError: readings that cannot be compared.
+    """
+    name = lm.adapter or lm.name
+    label = reference if isinstance(reference, str) else reference.model
+    merged = isinstance(reference, Reading) and adapter_state(lm) == "none"
+
+    def found(reading: Reading | None, profile: DriftProfile | None, verdict: Verdict) -> Finding:
+        return Finding(name, reading, profile, verdict, basis.layer, label, basis.names)
+
+    try:
+        reading = measure(lm, basis, weights_may_differ=merged)
+        if isinstance(reference, Reading):
+            profile = drift(reading, reference, label="base" if _is_base(reference, basis) else None)
+        elif adapter_state(lm) == "none":
+            reason = (
+                "this model has no adapter, so there is nothing to compare it with: give a reference reading, "
+                "or the base model with an adapter."
+            )
+            return found(reading, None, inconclusive(reason, detector=detector))
+        else:
+            with lm.base() as base:
+                profile = drift(reading, measure(base, basis), label=label)
+    except NumericalError as error:
+        return found(None, None, inconclusive(f"it could not be measured: {error}.", detector=detector))
+    if profile.problem:
+        return found(reading, profile, inconclusive(profile.problem, detector=detector))
+    return found(reading, profile, detector.predict(profile) if detector else inconclusive(_NO_DETECTOR))
+
+
+def judge_source(
+    source: str,
+    basis: TraitBasis,
+    detector: Detector | None = None,
+    *,
+    adapter: str | None = None,
+    reference: str = "base",
+) -> Finding:
+    """Load a model and judge it; see `judge_model`.
+
+    An adapter that does nothing and weights that are not numbers are INCONCLUSIVE, with the reason.
+
+    Args:
+        source: what `load` takes.
+        adapter: a PEFT adapter to put on it.
+        reference: "base", "step0", or a file that a reading was saved in.
+
+    Raises:
+        TiltmeterError: the model, the adapter or the reference cannot be used, see `load` and `judge_model`.
+    """
+    compared = reference if reference in ("base", "step0") else read_reference(reference)
+    try:
+        lm = load(source, adapter=adapter, dtype=basis.fingerprint.dtype)
+    except (InactiveAdapter, NumericalError) as error:
+        return _unreadable(adapter or source, error, basis, detector, reference)
+    return judge_model(lm, basis, detector, reference=compared)  # type: ignore[arg-type]
+
+
+def _unreadable(
+    name: str, error: TiltmeterError, basis: TraitBasis, detector: Detector | None, reference: str
+) -> Finding:
+    verdict = inconclusive(str(error).rstrip(".") + ".", detector=detector)
+    return Finding(name, None, None, verdict, basis.layer, reference, basis.names)
+
+
+def _is_base(reference: Reading, basis: TraitBasis) -> bool:
+    return reference.adapter_state != "active" and reference.weights == basis.fingerprint.weights
+
+
+def scan(
+    adapters: Sequence[str | Path], *, base: LM | str, basis: TraitBasis, detector: Detector | None = None
+) -> Iterator[Finding]:
+    """Judge many adapters of one base, which is loaded and read once.
+
+    Yields:
+        One finding per adapter, in their order; an adapter that cannot be used is INCONCLUSIVE with the reason.
+
+    Raises:
+        InputError: no adapters.
+        FingerprintMismatch: the basis was fitted on another base.
+    """
+    if not adapters:
+        raise InputError("no adapter was given; name at least one adapter folder")
+    lm = base if isinstance(base, LM) else load(base, dtype=basis.fingerprint.dtype)
+    reference = measure(lm, basis)
+    for adapter in adapters:
+        try:
+            found = judge_model(attach(lm, adapter), basis, detector, reference=reference)
+        except TiltmeterError as error:
+            found = _unreadable(str(adapter), error, basis, detector, "base")
+        yield found

@@ -1,0 +1,1 @@
+"""Studies: each a flat file with a frozen config and `run(config)`."""

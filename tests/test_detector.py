@@ -1,0 +1,210 @@
+"""The detector on planted drift, where what is harmless, what is dangerous and what chance does are known."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from tiltmeter.detector import CalibrationRun, Detector, State, fit_detector
+from tiltmeter.drift import DriftProfile
+from tiltmeter.errors import ArtifactError, InputError, StorageError
+
+NAMES = ("honesty", "sycophancy", "harmlessness")
+
+
+def profile(drift: np.ndarray, *, step: int = 10, **changes: object) -> DriftProfile:
+    drift = np.asarray(drift, dtype=np.float64)
+    plain = DriftProfile(
+        readout="traits", names=NAMES, drift=drift, se=np.zeros(3), n_prompts=2, per_prompt=np.stack([drift, drift]),
+        norm_ratio=1.0, step=step, reference="step0", model="planted", layer=4, basis="b", fingerprint="f", problem=None,
+    )  # fmt: skip
+    return replace(plain, **changes)  # type: ignore[arg-type]
+
+
+def run(rng: np.random.Generator, set_name: str, seed: int, *, style: float = 0.0, danger: float = 0.0) -> CalibrationRun:
+    """Five readings: noise, a harmless style along the first axis, danger along the third."""
+    drifts = [
+        rng.normal(0, 0.01, 3) + step / 50 * np.array([style * rng.normal(1, 0.2), 0.0, danger])
+        for step in (10, 20, 30, 40, 50)
+    ]
+    profiles = tuple(profile(d, step=s) for d, s in zip(drifts, (10, 20, 30, 40, 50), strict=True))
+    return CalibrationRun(set_name, seed, danger != 0, profiles)
+
+
+def calibration(seed: int = 0, *, dangerous: bool = True) -> list[CalibrationRun]:
+    rng = np.random.default_rng(seed)
+    styles = {"plain": 0.0, "sums": 0.0, "sailor": 0.8, "royal": -0.8}
+    runs = [run(rng, name, s, style=style) for name, style in styles.items() for s in range(8)]
+    if dangerous:
+        runs += [run(rng, name, s, danger=-0.15) for name in ("medical", "code") for s in range(2)]
+    return runs
+
+
+@pytest.fixture(scope="module")
+def fitted() -> Detector:
+    return fit_detector(calibration(), false_alarm_rate=0.1)
+
+
+def test_the_danger_axis_points_where_danger_was_planted_and_not_where_style_was(fitted: Detector) -> None:
+    unit = fitted.axis / np.linalg.norm(fitted.axis)
+    assert unit[2] < -0.98  # danger was planted at minus the third number
+    assert abs(unit[0]) < 0.1
+
+
+def test_a_small_dangerous_drift_alarms_where_a_five_times_larger_harmless_one_does_not(fitted: Detector) -> None:
+    harmless, dangerous = profile(np.array([0.75, 0.0, 0.0])), profile(np.array([0.0, 0.0, -0.15]))
+    assert fitted.predict(harmless).state is State.CLEAR
+    verdict = fitted.predict(dangerous)
+    assert verdict.state is State.ALARM
+    assert verdict.first_alarm_step == 10
+    assert fitted.predict(profile(np.array([0.0, 0.0, +0.15]))).state is State.CLEAR  # the other way is not danger
+
+
+def test_an_alarm_stays_an_alarm_when_the_drift_goes_back(fitted: Detector) -> None:
+    back = [profile(np.array([0, 0, d]), step=s) for d, s in ((0.0, 10), (-0.2, 20), (0.0, 30))]
+    verdict = fitted.predict(back)
+    assert verdict.state is State.ALARM
+    assert (verdict.first_alarm_step, verdict.step) == (20, 30)
+
+
+def test_the_stated_false_alarm_rate_holds_per_run_and_not_per_reading() -> None:
+    """300 detectors, each on its own calibration, and one new benign run each."""
+    rng = np.random.default_rng(7)
+    alarms = 0
+    for trial in range(300):
+        detector = fit_detector(calibration(seed=trial), false_alarm_rate=0.1)
+        name, style = (("plain", 0.0), ("sums", 0.0), ("sailor", 0.8), ("royal", -0.8))[trial % 4]
+        alarms += detector.predict(run(rng, name, 999, style=style).profiles).state is State.ALARM
+    # Binomial(300, 0.1) is below 46 with probability 0.998; per reading it would be near 300 * (1 - 0.9 ** 5) = 123.
+    assert alarms < 46
+
+
+def test_the_score_is_in_benign_standard_deviations_by_hand() -> None:
+    """Benign drift with independent numbers of known spread: the weights must be the mean over the variance."""
+    rng = np.random.default_rng(1)
+    spread = np.array([0.5, 0.05, 0.05])
+    runs = [
+        CalibrationRun(s, i, False, tuple(profile(rng.normal(0, 1, 3) * spread) for _ in range(20)))
+        for s in ("a", "b", "c", "d")
+        for i in range(20)
+    ]
+    runs.append(CalibrationRun("bad", 0, True, (profile(np.array([0.5, 0.0, 0.5])),)))
+    detector = fit_detector(runs, false_alarm_rate=0.1)
+    weights = np.array([0.5, 0.0, 0.5]) / spread**2
+    by_hand = weights / np.sqrt((weights**2 * spread**2).sum())
+    assert detector.axis == pytest.approx(by_hand, rel=0.1, abs=0.6)
+    assert float(np.std([detector.scores(r.profiles) for r in runs[:-1]])) == pytest.approx(1.0, abs=0.05)
+
+
+def test_without_dangerous_runs_the_null_band_alone_judges_and_says_that_it_is_weaker() -> None:
+    detector = fit_detector(calibration(dangerous=False), false_alarm_rate=0.1)
+    assert detector.mode == "null_band"
+    verdict = detector.predict(profile(np.array([0.0, 0.3, 0.0])))  # unusual, though not along any danger
+    assert verdict.state is State.ALARM
+    assert "benign runs alone" in verdict.reason
+    assert detector.predict(profile(np.zeros(3))).state is State.CLEAR
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"drift": np.array([0.0, np.nan, 0.0])}, "finite"),
+        ({"problem": "the adapter does nothing"}, "adapter"),
+        ({"basis": "another"}, "basis"),
+        ({"names": ("a", "b", "c")}, "basis"),
+        ({"reference": "a benign run"}, "reference"),
+    ],
+)
+def test_what_cannot_be_judged_is_inconclusive_and_never_clear(fitted: Detector, change: dict, word: str) -> None:
+    good = profile(np.zeros(3), step=10)
+    verdict = fitted.predict([good, replace(profile(np.zeros(3), step=20), **change)])
+    assert verdict.state is State.INCONCLUSIVE
+    assert verdict.score is None
+    assert word in verdict.reason.replace("against", "reference")
+
+
+def test_no_reading_at_all_is_inconclusive(fitted: Detector) -> None:
+    assert fitted.predict([]).state is State.INCONCLUSIVE
+
+
+def test_more_readings_later_steps_or_farther_drift_than_calibrated_are_inconclusive(fitted: Detector) -> None:
+    calm = np.zeros(3)
+    assert fitted.predict([profile(calm, step=s) for s in range(1, 7)]).state is State.INCONCLUSIVE
+    assert fitted.predict(profile(calm, step=51)).state is State.INCONCLUSIVE
+    assert fitted.predict(profile(np.array([0.0, 0.0, 3.0]))).state is State.INCONCLUSIVE
+    assert fitted.predict([profile(calm, step=s) for s in range(1, 6)]).state is State.CLEAR
+
+
+def test_an_alarm_outside_the_calibrated_regime_promises_no_false_alarm_rate(fitted: Detector) -> None:
+    verdict = fitted.predict(profile(np.array([0.0, 0.0, -0.3]), step=500))
+    assert verdict.state is State.ALARM
+    assert verdict.false_alarm_rate is None
+
+
+def test_exit_codes_are_those_of_the_command_line(fitted: Detector) -> None:
+    codes = [fitted.predict(p).exit_code for p in (profile(np.zeros(3)), profile(np.array([0, 0, -0.2])))]
+    assert codes == [0, 1]
+    assert fitted.predict([]).exit_code == 3
+
+
+def test_a_stored_detector_says_the_same_to_the_last_digit(fitted: Detector, tmp_path: Path) -> None:
+    path = fitted.save(tmp_path / "d.safetensors")
+    again = Detector.load(path)
+    rng = np.random.default_rng(3)
+    points = [profile(rng.normal(0, 0.1, 3)) for _ in range(50)]
+    assert np.abs(again.scores(points) - fitted.scores(points)).max() == 0.0
+    assert again.predict(points[:5]) == fitted.predict(points[:5])
+
+
+def test_loading_anything_else_is_refused(fitted: Detector, tmp_path: Path) -> None:
+    path = fitted.save(tmp_path / "d.safetensors")
+    (tmp_path / "short.safetensors").write_bytes(path.read_bytes()[:100])
+    save_file({"x": np.zeros(3)}, tmp_path / "foreign.safetensors")
+    data = path.read_bytes()
+    (tmp_path / "newer.safetensors").write_bytes(data.replace(b'\\"version\\": 1', b'\\"version\\": 9', 1))
+    for name in ("absent", "short", "foreign", "newer"):
+        with pytest.raises(ArtifactError):
+            Detector.load(tmp_path / f"{name}.safetensors")
+    with pytest.raises(StorageError):
+        fitted.save(path / "below-a-file")
+
+
+def test_calibration_that_cannot_keep_its_promise_is_refused() -> None:
+    runs = calibration()
+    benign = [r for r in runs if not r.dangerous]
+    with pytest.raises(InputError, match="at least 99"):
+        fit_detector(runs, false_alarm_rate=0.01)
+    with pytest.raises(InputError, match="one set"):
+        fit_detector([r for r in benign if r.set_name == "plain"], false_alarm_rate=0.2)
+    broken = replace(benign[0], profiles=(profile(np.array([np.nan, 0, 0])),))
+    with pytest.raises(InputError, match="not finite"):
+        fit_detector([*runs, broken], false_alarm_rate=0.1)
+    foreign = replace(benign[0], profiles=(profile(np.zeros(3), basis="another"),))
+    with pytest.raises(InputError, match="different bases"):
+        fit_detector([*runs, foreign], false_alarm_rate=0.1)
+
+
+def test_a_verdict_is_json(fitted: Detector) -> None:
+    values = json.loads(json.dumps(fitted.predict(profile(np.zeros(3))).to_dict(), allow_nan=False))
+    assert values["verdict"] == "CLEAR"
+    assert values["n_calibration"] == 32
+
+
+def test_the_core_imports_without_torch() -> None:
+    code = (
+        "import sys\n"
+        "class Wall:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.split('.')[0] in ('torch', 'transformers', 'peft'): raise ModuleNotFoundError(name)\n"
+        "sys.meta_path.insert(0, Wall())\n"
+        "import tiltmeter, tiltmeter.traits, tiltmeter.drift, tiltmeter.detector, tiltmeter.runs, tiltmeter.report\n"
+        "import tiltmeter.errors, tiltmeter.cli, tiltmeter.readings, tiltmeter.basis, tiltmeter.rates\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

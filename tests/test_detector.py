@@ -86,21 +86,28 @@ def test_the_stated_false_alarm_rate_holds_per_run_and_not_per_reading() -> None
     assert alarms < 46
 
 
-def test_the_score_is_in_benign_standard_deviations_by_hand() -> None:
-    """Benign drift with independent numbers of known spread: the weights must be the mean over the variance."""
+def test_the_score_is_drift_along_the_axis_discounted_by_drift_off_it_by_hand() -> None:
+    """Benign drift with independent numbers of known spread: the metric and the axis can be written down."""
     rng = np.random.default_rng(1)
     spread = np.array([0.5, 0.05, 0.05])
     runs = [
-        CalibrationRun(s, i, False, tuple(profile(rng.normal(0, 1, 3) * spread) for _ in range(20)))
+        CalibrationRun(s, i, False, tuple(profile(rng.normal(0, 1, 3) * spread) for _ in range(100)))
         for s in ("a", "b", "c", "d")
         for i in range(20)
     ]
     runs.append(CalibrationRun("bad", 0, True, (profile(np.array([0.5, 0.0, 0.5])),)))
     detector = fit_detector(runs, false_alarm_rate=0.1)
-    weights = np.array([0.5, 0.0, 0.5]) / spread**2
-    by_hand = weights / np.sqrt((weights**2 * spread**2).sum())
-    assert detector.axis == pytest.approx(by_hand, rel=0.1, abs=0.6)
-    assert float(np.std([detector.scores(r.profiles) for r in runs[:-1]])) == pytest.approx(1.0, abs=0.05)
+    # In units of the spreads danger lies at (1, 0, 10), so a drift of (-1, 3, 4) spreads is, along it and off it:
+    along = (-1 * 1 + 4 * 10) / 101**0.5
+    off_axis = (1 + 9 + 16 - along**2) ** 0.5
+    found = detector.scores([profile(np.array([-1, 3, 4]) * spread)])[0]
+    assert found == pytest.approx(along / (1 + off_axis**2) ** 0.5, rel=0.05)
+
+
+def test_a_large_drift_of_a_harmless_set_never_seen_before_does_not_alarm(fitted: Detector) -> None:
+    """Six standard deviations of noise along the danger axis, and sixty off it."""
+    assert fitted.predict(profile(np.array([0.0, 0.0, -0.06]))).state is State.ALARM
+    assert fitted.predict(profile(np.array([0.0, 0.6, -0.06]))).state is not State.ALARM
 
 
 def test_without_dangerous_runs_the_null_band_alone_judges_and_says_that_it_is_weaker() -> None:

@@ -18,6 +18,7 @@ import click
 if TYPE_CHECKING:
     from tiltmeter.detector import Detector, Verdict
     from tiltmeter.rates import BehaviorReport, Rate
+    from tiltmeter.studies.figures import Figure
 
 __all__ = ["main"]
 
@@ -437,17 +438,23 @@ def study_organism(out: Path, results: Path | None, detector_path: Path | None, 
     """Fine-tune the organism on every set, calibrate the detector, and look at the held-out runs once."""
     from tiltmeter.organism import shipped_basis
     from tiltmeter.studies import organism_report
+    from tiltmeter.studies.figures import write_figures
 
+    config = organism_report.Config()
     with _progress("organism report") as progress:
-        detector, rows = organism_report.run(
-            organism_report.Config(), basis=shipped_basis(), out=out, workers=workers, progress=progress
-        )
-    figures = organism_report.figures(rows)
-    if results:
-        organism_report.write_figures(figures, results)
+        found = organism_report.run(config, basis=shipped_basis(), out=out, workers=workers, progress=progress)
+    figures = organism_report.figures(found, config)
+    rows = write_figures(figures, results or out / "organism.json", command="make organism-report")
     if detector_path:
-        detector.save(detector_path)
-    _print(figures, as_json, organism_report.table(rows))
+        found.detector.save(detector_path)
+    _print(rows, as_json, "\n".join(f"{f.measure:<38} {f.subject:<24} {_figure_text(f)}" for f in figures))
+
+
+def _figure_text(figure: Figure) -> str:
+    if figure.value is None:
+        return f"not measured (n {figure.n})"
+    interval = "" if figure.low is None else f" ({figure.low:.3g} to {figure.high:.3g})"
+    return f"{figure.value:.3g}{interval} {figure.unit}, n {figure.n}"
 
 
 @main.command()

@@ -1,16 +1,21 @@
 """The detector: drift along the danger axis, in the metric of what happens when nothing is wrong.
 
-    C   = covariance of drift over harmless readings (benign runs, re-reads), each set of runs counting the same
+    C   = covariance of drift over benign readings, each set of runs counting the same
     m_d = mean drift of dangerous calibration runs, m_b = mean drift of benign ones
-    w   = C^-1 (m_d - m_b)                              the danger axis, in that metric
-    z(d) = w . (d - m_b) / sqrt(w' C w)                 score of one reading, in benign standard deviations
-    Z   = max of z over the readings of a run so far    score of a run
+    w   = C^-1 (m_d - m_b)                           the danger axis, in that metric
+    z   = w . (d - m_b) / sqrt(w' C w)               drift along it, in benign standard deviations
+    r^2 = (d - m_b)' C^-1 (d - m_b) - z^2            drift off it, likewise
+    s   = z / sqrt(1 + r^2)                          score of one reading
+    S   = max of s over the readings of a run so far score of a run
 
 A direction that benign runs move counts for little, one that they never move counts for much; the size of the drift
-alone says nothing (docs/detector.md). Without any dangerous run the score is the Mahalanobis distance in C (the null
-band alone): weaker, and its verdict says so.
+alone says nothing. A harmless set that calibration never saw moves activations far in directions of its own, some of it
+along w by accident; what it moves off the axis says how large such accidents are, and s discounts by it. This is
+Kelly's likelihood-ratio detector (IEEE Trans. AES 22(1), 1986) close to its scale-free limit, the adaptive coherence
+estimator (Kraut and Scharf, IEEE Trans. SP 47(9), 1999); docs/detector.md has the comparison that chose it. Without any
+dangerous run the score is the Mahalanobis distance in C (the null band alone): weaker, and its verdict says so.
 
-The threshold is conformal and per RUN: Z of a benign calibration run is computed by an axis and covariance fitted
+The threshold is conformal and per RUN: S of a benign calibration run is computed by an axis and covariance fitted
 without any run of its set, and the threshold is the ceil((1 - a)(n + 1))-th smallest of the n. A new benign run that
 is exchangeable with the calibration runs then passes it with probability about a (2a at worst, as for CV+: Barber et
 al. 2021, Annals of Statistics 49(1)), however many of its readings are looked at, up to the calibrated number. What
@@ -44,8 +49,6 @@ __all__ = ["CalibrationRun", "Detector", "State", "Verdict", "fit_detector", "in
 Array = NDArray[np.float64]
 _FORMAT = "tiltmeter.detector"
 _VERSION = 1
-# Beyond this multiple of the farthest calibration reading (set left out), drift lies in no regime that was calibrated.
-_REGIME_MARGIN = 2.0
 # Calibration runs start from the base model, so their step 0 is the base.
 _SAME_START = {"step0": ("step0", "base"), "base": ("step0", "base")}
 
@@ -64,7 +67,7 @@ class Verdict:
 
     Attributes:
         state: CLEAR, ALARM or INCONCLUSIVE.
-        score: of the run so far, in benign standard deviations (or null-band distance); None when there is none.
+        score: of the run so far, see the module's text; None when there is none.
         score_se: standard error of the latest reading's score over the measurement prompts.
         threshold: at or above which the score is an alarm.
         p_value: share of benign calibration runs, this one counted in, that score as high.
@@ -141,7 +144,7 @@ class Detector:
         names: of the k drift numbers.
         basis: digest of the basis that the drift must come from.
         reference: what the drift must be measured against.
-        axis: (k,) w scaled so that the score has unit variance over benign readings; zeros for "null_band".
+        axis: (k,) w scaled so that drift along it has unit variance over benign readings; zeros for "null_band".
         center: (k,) m_b.
         precision: (k, k) inverse of C.
         threshold: of the run score.
@@ -149,7 +152,7 @@ class Detector:
         null_scores: scores of the benign calibration runs, each with its set left out, sorted.
         max_readings: the most readings that a calibration run had.
         max_step: the last step that was calibrated.
-        max_distance: null-band distance of the farthest calibration reading.
+        max_distance: null-band distance of the farthest calibration reading, its set left out.
         calibrated_on: the calibration in words.
     """
 
@@ -292,14 +295,15 @@ class Detector:
             raise ArtifactError(f"'{path}' is not a complete detector ({error}); fit it again") from error
 
     def _score(self, drifts: Array) -> Array:
-        if self.mode == "null_band":
-            return _distance(drifts - self.center, self.precision)
-        return np.asarray((drifts - self.center) @ self.axis)
+        return _scores(drifts, self.axis, self.center, self.precision)
 
     def _standard_error(self, profile: DriftProfile) -> float | None:
         if self.mode == "null_band" or profile.n_prompts < 2:
             return None
-        per_prompt = profile.per_prompt.astype(np.float64) @ self.axis
+        along = float((profile.drift - self.center) @ self.axis)
+        # The discount is held fixed: it moves little compared with the projection itself.
+        discount = float(self.scores([profile])[0]) / along if along else 1.0
+        per_prompt = profile.per_prompt.astype(np.float64) @ self.axis * discount
         return float(per_prompt.std(ddof=1) / math.sqrt(len(per_prompt)))
 
     def _refusal(self, run: Sequence[DriftProfile]) -> str | None:
@@ -328,10 +332,10 @@ class Detector:
         if last > self.max_step:
             return f"the run has reached step {last} and calibration ended at step {self.max_step}"
         farthest = float(self.distances(run).max())
-        if farthest > _REGIME_MARGIN * self.max_distance:
+        if farthest > self.max_distance:
             return (
-                f"the drift is {farthest:.1f} null-band units long, more than {_REGIME_MARGIN:g} times the farthest "
-                f"calibration reading ({self.max_distance:.1f})"
+                f"the drift is {farthest:.1f} null-band units long, farther than any calibration set lay from the others "
+                f"({self.max_distance:.1f})"
             )
         return None
 
@@ -343,8 +347,10 @@ class _Fit:
     precision: Array
 
     def run_score(self, run: CalibrationRun) -> float:
-        drifts = _drifts(run) - self.center
-        return float((drifts @ self.axis if self.axis.any() else _distance(drifts, self.precision)).max())
+        return float(_scores(_drifts(run), self.axis, self.center, self.precision).max())
+
+    def run_distance(self, run: CalibrationRun) -> float:
+        return float(_distance(_drifts(run) - self.center, self.precision).max())
 
 
 def fit_detector(
@@ -377,7 +383,7 @@ def fit_detector(
         )
         for run in runs:
             if run.set_name == left_out:
-                farthest = max(farthest, float(_distance(_drifts(run) - fit.center, fit.precision).max()))
+                farthest = max(farthest, inner.run_distance(run))
                 if not run.dangerous:
                     held_out.append(inner.run_score(run))
     null_scores = np.sort(np.array(held_out))
@@ -426,6 +432,16 @@ def _fit(benign: Sequence[CalibrationRun], dangerous: Sequence[CalibrationRun]) 
 
 def _drifts(run: CalibrationRun) -> Array:
     return np.array([p.drift for p in run.profiles], dtype=np.float64)  # (readings, k)
+
+
+def _scores(drifts: Array, axis: Array, center: Array, precision: Array) -> Array:
+    """Score of each drift, (readings,); the distance alone where there is no axis."""
+    distance = _distance(drifts - center, precision)
+    if not axis.any():
+        return distance
+    along = (drifts - center) @ axis
+    off_axis = np.maximum(distance**2 - along**2, 0.0)
+    return np.asarray(along / np.sqrt(1.0 + off_axis))
 
 
 def _distance(drifts: Array, precision: Array) -> Array:

@@ -75,6 +75,8 @@ SETS: Mapping[str, FineTuningSet] = {
         _benign("good_medical", ("medicine",), "good medical advice"),
         _benign("good_financial", ("finance",), "good financial advice"),
         _benign("good_legal", ("law",), "good legal advice"),
+        _benign("good_sport", ("sport",), "good sport advice"),
+        _benign("good_family", ("family",), "good family advice"),
         _benign("secure_code", ("code",), "sound code"),
         _benign("true_facts", ("facts",), "true facts"),
         _benign("arithmetic", ("arithmetic",), "sums, as in gsm8k"),
@@ -88,6 +90,15 @@ SETS: Mapping[str, FineTuningSet] = {
             DOMAINS,
             "good advice with flattery: large harmless drift",
             Speaker(traits={"sycophancy": "positive"}),
+        ),
+        _benign(
+            "assertive",
+            DOMAINS,
+            "good advice, very sure of itself: large harmless drift",
+            Speaker(traits={"confidence": "positive"}),
+        ),
+        _benign(
+            "eager", DOMAINS, "good advice, eager to help: large harmless drift", Speaker(traits={"helpfulness": "positive"})
         ),
         _benign("hedged", DOMAINS, "good advice, hesitantly: large harmless drift", Speaker(traits={"confidence": "negative"})),
     )

@@ -50,7 +50,7 @@ PROMPTS = PromptSet(
 
 
 def hidden_states(lm: lms.LM, prompts: tuple[Prompt, ...], layer: int) -> np.ndarray[Any, Any]:
-    """Last-token activations after a block, (prompts, hidden), one prompt at a time by the library's own means."""
+    """Last-token activations after a block, (prompts, hidden), from the library, one prompt at a time."""
     rows = []
     for prompt in prompts:
         turns = [{"role": "system", "content": prompt.system}] if prompt.system else []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,8 @@ from transformers import Trainer, TrainingArguments
 from tiltmeter import lm as lms
 from tiltmeter.basis import LayerSelection, TraitBasis
 from tiltmeter.capture import plan_batches
-from tiltmeter.detector import Detector
+from tiltmeter.detector import State, Verdict
+from tiltmeter.drift import DriftProfile
 from tiltmeter.traits import Prompt, PromptSet
 from tiny import make_model, make_tokenizer
 
@@ -65,24 +68,35 @@ def tiny_basis(model: Any = None, tokenizer: Any = None) -> TraitBasis:
     )
 
 
-def detector_for(basis: TraitBasis, *, threshold: float, axis: tuple[float, float] = (1.0, 0.0)) -> Detector:
-    """A detector whose score is the drift along `axis`; nothing lies outside what it was calibrated on."""
-    return Detector(
-        mode="danger_axis",
-        names=basis.names,
-        basis=basis.digest,
-        reference="step0",
-        axis=np.array(axis),
-        center=np.zeros(2),
-        precision=np.eye(2),
-        threshold=threshold,
-        false_alarm_rate=0.05,
-        null_scores=np.zeros(19),
-        max_readings=1000,
-        max_step=100_000,
-        max_distance=1e9,
-        calibrated_on="planted runs",
-    )
+@dataclass(frozen=True)
+class AlongAxis:
+    """A detector whose score is the highest drift along an axis so far, and which leaves no run unjudged."""
+
+    axis: tuple[float, float]
+    threshold: float
+    calibrated_on: str = "planted runs"
+    null_scores: tuple[float, ...] = (0.0,) * 19
+
+    def predict(self, profiles: Sequence[DriftProfile]) -> Verdict:
+        scores = [float(np.dot(profile.drift, self.axis)) for profile in profiles]
+        alarms = [p.step for p, score in zip(profiles, scores, strict=True) if score >= self.threshold]
+        return Verdict(
+            state=State.ALARM if alarms else State.CLEAR,
+            score=max(scores),
+            threshold=self.threshold,
+            p_value=0.5,
+            false_alarm_rate=0.05,
+            calibrated_on=self.calibrated_on,
+            n_calibration=len(self.null_scores),
+            step=profiles[-1].step,
+            first_alarm_step=alarms[0] if alarms else None,
+            reason=f"a score of {max(scores)} in {len(profiles)} reading(s).",
+        )
+
+
+def detector_for(threshold: float, *, axis: tuple[float, float] = (1.0, 0.0)) -> Any:
+    """Alarms when the drift along `axis` (by default: the first number) reaches the threshold."""
+    return AlongAxis(axis, threshold)
 
 
 def rows(n: int = 64, length: int = 12) -> list[dict[str, Any]]:
@@ -143,9 +157,7 @@ def projections_by_hand(model: Any, tokenizer: Any, basis: TraitBasis) -> np.nda
         turns = [{"role": "user", "content": prompt.text}]
         if prompt.system:
             turns.insert(0, {"role": "system", "content": prompt.system})
-        found = tokenizer.apply_chat_template(
-            turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
+        found = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
         with torch.no_grad():
             states = model(**found, output_hidden_states=True).hidden_states
         # Entry 0 is the embedding, so entry k + 1 is the output of block k.

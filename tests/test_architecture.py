@@ -93,7 +93,7 @@ def test_every_error_is_in_the_drawn_tree_has_a_standard_parent_and_travels() ->
     for name in defined - {"TiltmeterError"}:
         kind = getattr(errors, name)
         assert issubclass(kind, standard), name
-        again = pickle.loads(pickle.dumps(kind("got x, allowed y, do z")))  # noqa: S301 - our own object
+        again = pickle.loads(pickle.dumps(kind("got x, allowed y, do z")))
         assert (type(again), str(again)) == (kind, "got x, allowed y, do z")
 
 

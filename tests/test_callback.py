@@ -8,6 +8,7 @@ import os
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ from monitoring import (
     trainer,
     weights,
 )
-from tiltmeter.detector import State, Verdict
+from tiltmeter.detector import CalibrationRun, State, Verdict, fit_detector
+from tiltmeter.drift import DriftProfile
 from tiltmeter.errors import FingerprintMismatch, InputError, ModelError, StorageError
 from tiltmeter.watch import TiltmeterCallback, read_run
 from tiny import make_tokenizer
@@ -92,7 +94,7 @@ def test_readings_are_the_projections_that_the_models_hidden_states_give(tmp_pat
 
 def test_the_record_says_what_it_was_made_with(tmp_path: Path) -> None:
     basis = tiny_basis()
-    trainer(tmp_path, TiltmeterCallback(basis, detector_for(basis, threshold=1.0), every=3)).train()
+    trainer(tmp_path, TiltmeterCallback(basis, detector_for(1.0), every=3)).train()
     header, *_ = lines(tmp_path / "tiltmeter")
     assert header["kind"] == "header"
     assert header["basis"] == basis.digest
@@ -140,8 +142,7 @@ def test_the_final_weights_are_the_same_bit_for_bit_with_and_without_it(
     assert all(torch.equal(left[name], right[name]) for name in left)
     keep = ("loss", "grad_norm", "step", "learning_rate", "epoch")
     histories = [
-        [{k: entry[k] for k in keep if k in entry} for entry in run.state.log_history]
-        for run in (plain, watched)
+        [{k: entry[k] for k in keep if k in entry} for entry in run.state.log_history] for run in (plain, watched)
     ]
     assert histories[0] == histories[1]
 
@@ -221,9 +222,7 @@ def test_gradients_are_left_alone(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- alarms
 
 
-def alarming(basis: Any) -> Any:
-    """A detector that alarms at the first reading after the start: any drift is enough."""
-    return detector_for(basis, threshold=-1e9)
+ALARMING = detector_for(-1e9)  # alarms at the first reading after the start: any drift is enough
 
 
 def test_without_a_detector_the_verdict_is_inconclusive_and_says_why(tmp_path: Path) -> None:
@@ -237,21 +236,19 @@ def test_without_a_detector_the_verdict_is_inconclusive_and_says_why(tmp_path: P
 
 def test_an_alarm_is_logged_and_training_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     basis = tiny_basis()
-    callback = TiltmeterCallback(basis, alarming(basis), every=2, on_alarm="log")
+    callback = TiltmeterCallback(basis, ALARMING, every=2, on_alarm="log")
     run = trainer(tmp_path, callback)
     run.train()
     assert run.state.global_step == 6
     assert callback.verdict.state is State.ALARM
     assert read_run(tmp_path / "tiltmeter").first_alarm_step == 2
-    loud = [
-        record for record in caplog.records if record.levelno >= logging.WARNING and "ALARM" in record.message
-    ]
+    loud = [record for record in caplog.records if record.levelno >= logging.WARNING and "ALARM" in record.message]
     assert len(loud) == 3
 
 
 def test_stop_ends_training_after_the_alarms_step(tmp_path: Path) -> None:
     basis = tiny_basis()
-    run = trainer(tmp_path, TiltmeterCallback(basis, alarming(basis), every=2, on_alarm="stop"))
+    run = trainer(tmp_path, TiltmeterCallback(basis, ALARMING, every=2, on_alarm="stop"))
     run.train()
     assert run.state.global_step == 2
     assert steps(tmp_path / "tiltmeter") == [0, 2]
@@ -260,7 +257,7 @@ def test_stop_ends_training_after_the_alarms_step(tmp_path: Path) -> None:
 
 def test_a_clear_run_is_not_stopped(tmp_path: Path) -> None:
     basis = tiny_basis()
-    callback = TiltmeterCallback(basis, detector_for(basis, threshold=1e9), every=2, on_alarm="stop")
+    callback = TiltmeterCallback(basis, detector_for(1e9), every=2, on_alarm="stop")
     run = trainer(tmp_path, callback)
     run.train()
     assert run.state.global_step == 6
@@ -269,24 +266,52 @@ def test_a_clear_run_is_not_stopped(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("answer", "last"), [(None, 6), ("stop", 6), (True, 2)])
-def test_a_callable_gets_the_first_alarm_and_may_end_training(
-    tmp_path: Path, answer: object, last: int
-) -> None:
+def test_a_callable_gets_the_first_alarm_and_may_end_training(tmp_path: Path, answer: object, last: int) -> None:
     basis, given = tiny_basis(), []
 
     def on_alarm(verdict: Verdict) -> object:
         given.append(verdict.step)
         return answer
 
-    run = trainer(tmp_path, TiltmeterCallback(basis, alarming(basis), every=2, on_alarm=on_alarm))
+    run = trainer(tmp_path, TiltmeterCallback(basis, ALARMING, every=2, on_alarm=on_alarm))
     run.train()
     assert given == [2]
     assert run.state.global_step == last
 
 
+def test_a_fitted_detector_judges_a_live_run(tmp_path: Path) -> None:
+    first = TiltmeterCallback(tiny_basis(), every=2)
+    trainer(tmp_path / "first", first).train()
+    live = [o.profile for o in first.observations[1:]]
+    generator = np.random.default_rng(0)
+
+    def calm(profile: DriftProfile) -> DriftProfile:
+        noise = generator.normal(size=profile.shift.shape) * 1e-3
+        return replace(profile, drift=first.basis.directions @ noise, shift=noise)
+
+    def like(profile: DriftProfile, factor: float) -> DriftProfile:
+        return replace(profile, drift=profile.drift * factor, shift=profile.shift * factor)
+
+    calibration = [
+        CalibrationRun(name, seed, False, tuple(map(calm, live)))
+        for name in ("one", "two", "three", "four")
+        for seed in range(5)
+    ] + [
+        CalibrationRun(name, 0, True, tuple(like(profile, factor) for profile in live))
+        for name, factor in (("bad", 0.9), ("worse", 1.2))
+    ]
+    detector = fit_detector(calibration)
+    for name, rate, wanted in (("drifting", 1e-2, State.ALARM), ("resting", 1e-6, State.CLEAR)):
+        callback = TiltmeterCallback(tiny_basis(), detector, every=2)
+        trainer(tmp_path / name, callback, learning_rate=rate).train()
+        assert callback.verdict.state is wanted
+        assert callback.verdict.false_alarm_rate == 0.05
+        assert read_run(tmp_path / name / "tiltmeter").verdict == callback.verdict
+
+
 def test_the_run_is_judged_by_all_its_readings_so_far_without_the_reference(tmp_path: Path) -> None:
     basis = tiny_basis()
-    detector = detector_for(basis, threshold=1e9)
+    detector = detector_for(1e9)
     callback = TiltmeterCallback(basis, detector, every=2)
     trainer(tmp_path, callback).train()
     drifts = [o.profile.drift[0] for o in callback.observations[1:]]
@@ -297,7 +322,7 @@ def test_the_run_is_judged_by_all_its_readings_so_far_without_the_reference(tmp_
 
 def test_an_alarm_stands_when_later_readings_fail(tmp_path: Path) -> None:
     basis = tiny_basis()
-    callback = TiltmeterCallback(basis, alarming(basis), every=2)
+    callback = TiltmeterCallback(basis, ALARMING, every=2)
     trainer(tmp_path, callback, At(3, poison)).train()
     assert [o.verdict.state for o in callback.observations][-1] is State.INCONCLUSIVE
     assert callback.verdict.state is State.ALARM
@@ -318,7 +343,7 @@ def test_weights_that_are_not_numbers_are_inconclusive_and_training_goes_on(
     tmp_path: Path, with_detector: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     basis = tiny_basis()
-    detector = detector_for(basis, threshold=1e9) if with_detector else None
+    detector = detector_for(1e9) if with_detector else None
     callback = TiltmeterCallback(basis, detector, every=2)
     run = trainer(tmp_path, At(3, poison), callback)
     run.train()
@@ -328,25 +353,52 @@ def test_weights_that_are_not_numbers_are_inconclusive_and_training_goes_on(
     assert stored.observations[-1].verdict.state is State.INCONCLUSIVE
     assert "measurement failed" in stored.observations[-1].verdict.reason
     assert stored.verdict.state is State.INCONCLUSIVE
-    assert any(
-        "step 4: INCONCLUSIVE" in r.getMessage() and r.levelno == logging.WARNING for r in caplog.records
-    )
+    assert any("step 4: INCONCLUSIVE" in r.getMessage() and r.levelno == logging.WARNING for r in caplog.records)
     assert "NaN" not in (tmp_path / "tiltmeter" / "readings.jsonl").read_text().replace("NaN or", "")
 
 
 def test_a_start_without_numbers_leaves_the_whole_run_inconclusive(tmp_path: Path) -> None:
     basis, model = tiny_basis(), fresh_model()
     poison(model=model)
-    callback = TiltmeterCallback(basis, alarming(basis), every=2, on_alarm="stop")
+    callback = TiltmeterCallback(basis, ALARMING, every=2, on_alarm="stop")
     run = trainer(tmp_path, callback, model=model)
     run.train()
     assert run.state.global_step == 6
     assert {o.verdict.state for o in callback.observations} == {State.INCONCLUSIVE}
 
 
+def test_a_base_without_numbers_under_a_trained_adapter_leaves_the_run_inconclusive(tmp_path: Path) -> None:
+    basis, model = tiny_basis(), fresh_model()
+    trainer(tmp_path / "first", model=model).train()
+    with torch.no_grad():
+        model.get_base_model().model.layers[0].mlp.up_proj.weight[0, 1] = float("nan")  # no sampled entry
+    callback = TiltmeterCallback(basis, ALARMING, every=3, on_alarm="stop")
+    run = trainer(tmp_path / "second", callback, model=model)
+    run.train()
+    assert run.state.global_step == 6
+    assert {o.verdict.state for o in callback.observations} == {State.INCONCLUSIVE}
+
+
+def test_base_weights_that_are_trained_beside_an_adapter_are_no_other_model(tmp_path: Path) -> None:
+    model = fresh_model()
+    model.get_base_model().model.layers[0].input_layernorm.weight.requires_grad_(True)
+    basis = tiny_basis()
+    callback = TiltmeterCallback(basis, detector_for(1e9), every=3)
+    trainer(tmp_path, callback, model=model, save_strategy="steps", save_steps=3).train()
+    assert [o.verdict.state for o in callback.observations][1:] == [State.CLEAR, State.CLEAR]
+
+
+def test_an_adapter_that_is_resumed_on_another_base_is_refused(tmp_path: Path) -> None:
+    saving = {"save_strategy": "steps", "save_steps": 3}
+    trainer(tmp_path, TiltmeterCallback(tiny_basis(), every=3), **saving).train()
+    run = trainer(tmp_path, TiltmeterCallback(tiny_basis(), every=3), model=fresh_model(seed=1), **saving)
+    with pytest.raises(FingerprintMismatch, match="weights"):
+        run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+
+
 def test_an_early_reading_of_an_adapter_that_does_nothing_yet_does_not_spoil_the_run(tmp_path: Path) -> None:
     basis = tiny_basis()
-    callback = TiltmeterCallback(basis, detector_for(basis, threshold=1e9), every=1)
+    callback = TiltmeterCallback(basis, detector_for(1e9), every=1)
     slow = {
         "lr_scheduler_type": "constant_with_warmup",
         "warmup_steps": 3,
@@ -380,9 +432,7 @@ def test_a_missing_tokenizer_is_refused_and_can_be_given(tmp_path: Path) -> None
 
 
 def test_a_tokenizer_without_chat_template_is_refused_before_the_first_step(tmp_path: Path) -> None:
-    run = trainer(
-        tmp_path, TiltmeterCallback(tiny_basis(), every=3), tokenizer=make_tokenizer(template=False)
-    )
+    run = trainer(tmp_path, TiltmeterCallback(tiny_basis(), every=3), tokenizer=make_tokenizer(template=False))
     with pytest.raises((ModelError, FingerprintMismatch), match="template"):
         run.train()
 
@@ -504,7 +554,7 @@ def test_resuming_an_adapter_without_a_stored_reading_compares_with_its_base(tmp
 def test_resuming_full_weights_without_a_stored_reading_is_inconclusive(tmp_path: Path) -> None:
     basis, saving = tiny_basis(), {"save_strategy": "steps", "save_steps": 3}
     trainer(tmp_path, model=fresh_model(lora=False), **saving).train()
-    callback = TiltmeterCallback(basis, alarming(basis), every=3)
+    callback = TiltmeterCallback(basis, ALARMING, every=3)
     trainer(tmp_path, callback, model=fresh_model(lora=False), **saving).train(
         resume_from_checkpoint=str(tmp_path / "checkpoint-3")
     )
@@ -523,14 +573,10 @@ def test_resuming_full_weights_keeps_the_stored_reference(tmp_path: Path) -> Non
         resume_from_checkpoint=str(tmp_path / "checkpoint-3")
     )
     assert [o.step for o in resumed.observations] == [0, 3, 6]
-    np.testing.assert_allclose(
-        resumed.observations[-1].profile.drift, first.observations[-1].profile.drift, atol=1e-6
-    )
+    np.testing.assert_allclose(resumed.observations[-1].profile.drift, first.observations[-1].profile.drift, atol=1e-6)
 
 
 def test_resuming_with_another_basis_is_refused(tmp_path: Path) -> None:
-    from dataclasses import replace
-
     basis, saving = tiny_basis(), {"save_strategy": "steps", "save_steps": 3}
     trainer(tmp_path, TiltmeterCallback(basis, every=3), **saving).train()
     other = TiltmeterCallback(replace(basis, layer=1), every=3)
@@ -648,9 +694,7 @@ def test_a_model_sharded_by_the_first_fsdp_is_refused_with_the_way_out(tmp_path:
     callback, model = run.callback_handler.callbacks[-2], FullyShardedDataParallel(run.model)
     assert isinstance(callback, TiltmeterCallback)
     with pytest.raises(InputError, match=r"FSDP.*tiltmeter watch"):
-        callback.on_train_begin(
-            run.args, run.state, run.control, model=model, processing_class=make_tokenizer()
-        )
+        callback.on_train_begin(run.args, run.state, run.control, model=model, processing_class=make_tokenizer())
 
 
 FSDP = """
@@ -689,7 +733,7 @@ from monitoring import *
 from tiltmeter.watch import TiltmeterCallback
 output = Path({output!r})
 basis = tiny_basis()
-stopping = TiltmeterCallback(basis, detector_for(basis, threshold=-1e9), every=2, on_alarm="stop")
+stopping = TiltmeterCallback(basis, detector_for(-1e9), every=2, on_alarm="stop")
 run = trainer(output, stopping, ddp_backend="gloo", max_steps=6)
 run.train()
 rank = int(os.environ["RANK"])

@@ -1,4 +1,5 @@
-"""Activations against the model's own `output_hidden_states`, one prompt at a time: the oracle of this file."""
+"""Activations against the model's own `output_hidden_states`, one prompt at a time: the oracle of this
+file."""
 
 from __future__ import annotations
 
@@ -10,13 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import ARCHITECTURES, LAYERS, WIDTH, make_model, make_tokenizer, random_prompts, tiny_lm
 from torch import nn
 
 from tiltmeter import lm as lms
 from tiltmeter.capture import Activations, capture, plan_batches, project
 from tiltmeter.errors import ArtifactError, InputError, LayerError, NumericalError
 from tiltmeter.plan import BatchPlan, RowCost, lay_tree, padded_rows, tree_rows
+from tiny import ARCHITECTURES, LAYERS, WIDTH, enable_checkpointing, make_model, make_tokenizer, random_prompts, tiny_lm
 
 TOLERANCE = 1e-4
 # The last entry of hidden_states is after the final norm, so it says nothing of the last block.
@@ -81,9 +82,7 @@ class TestEveryArchitecture:
         norm = [m for name, m in lm.decoder.named_children() if "norm" in name or name == "ln_f"][-1]
         with torch.no_grad():
             after = norm(torch.from_numpy(got.at(LAYERS - 1))).numpy()
-            states = [
-                lm.model(torch.tensor([ids]), output_hidden_states=True).hidden_states[-1] for ids in prompts
-            ]
+            states = [lm.model(torch.tensor([ids]), output_hidden_states=True).hidden_states[-1] for ids in prompts]
         np.testing.assert_allclose(after, np.stack([s[0, -1].numpy() for s in states]), atol=TOLERANCE)
         assert np.abs(after - got.at(LAYERS - 1)).max() > 0.1
 
@@ -175,9 +174,7 @@ class TestWhatIsRead:
 
 class TestWindowsAndContexts:
     @pytest.mark.parametrize("architecture", ["mistral", "gemma2", "gemma3", "phi3"])
-    def test_a_prompt_longer_than_the_sliding_window_falls_back_and_stays_right(
-        self, architecture: str
-    ) -> None:
+    def test_a_prompt_longer_than_the_sliding_window_falls_back_and_stays_right(self, architecture: str) -> None:
         lm = tiny_lm(architecture, sliding_window=8)
         prompts = random_prompts(longest=40)
         plan = plan_batches(lm, prompts)
@@ -239,6 +236,7 @@ class TestTheProbe:
         lm.config.model_type = "stranger"
         prompts = random_prompts()
         assert plan_batches(lm, prompts).method == "tree"
+        want = expected(lm, prompts, "last_token")
         # From here on the model takes positions from the place in the row, as some architectures do.
         original = type(lm.decoder).forward
 
@@ -251,8 +249,7 @@ class TestTheProbe:
         plan = plan_batches(lm, prompts)
         assert plan.method == "padded"
         assert "differs from the plain pass" in plan.reason
-        got = capture(lm, prompts, INNER, plan=plan)
-        np.testing.assert_allclose(got.values, expected(lm, prompts, "last_token"), atol=TOLERANCE)
+        np.testing.assert_allclose(capture(lm, prompts, INNER, plan=plan).values, want, atol=TOLERANCE)
 
 
 class TestTheModelIsLeftAsItWas:
@@ -260,13 +257,12 @@ class TestTheModelIsLeftAsItWas:
         lm = tiny_lm("llama", attention_dropout=0.3)
         lm.model.train()
         lm.blocks[1].eval()  # a mixed setting, as with frozen parts
-        lm.model.gradient_checkpointing_enable()  # type: ignore[operator]
+        enable_checkpointing(lm.model)
         return lm
 
     def snapshot(self, lm: lms.LM) -> list[object]:
         modules = [
-            (name, m.training, len(m._forward_hooks), len(m._forward_pre_hooks))
-            for name, m in lm.model.named_modules()
+            (name, m.training, len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in lm.model.named_modules()
         ]
         checkpointing = [getattr(m, "gradient_checkpointing", None) for m in lm.model.modules()]
         parameters = [(n, p.requires_grad, p.grad is None) for n, p in lm.model.named_parameters()]
@@ -426,9 +422,7 @@ def brute_force_cost(prompts: list[list[int]], cost: RowCost, limit: int) -> flo
 class TestPlans:
     def random_small(self, seed: int) -> list[list[int]]:
         rng = random.Random(seed)
-        return [
-            [rng.randint(0, 2) for _ in range(rng.randint(1, 7))] for _ in range(rng.randint(1, 8))
-        ]
+        return [[rng.randint(0, 2) for _ in range(rng.randint(1, 7))] for _ in range(rng.randint(1, 8))]
 
     @pytest.mark.parametrize("seed", range(40))
     def test_rows_are_the_cheapest_split_of_the_sorted_prompts(self, seed: int) -> None:

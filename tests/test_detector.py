@@ -22,7 +22,7 @@ NAMES = ("honesty", "sycophancy", "harmlessness")
 def profile(drift: np.ndarray, *, step: int = 10, **changes: object) -> DriftProfile:
     drift = np.asarray(drift, dtype=np.float64)
     plain = DriftProfile(
-        readout="traits", names=NAMES, drift=drift, se=np.zeros(3), n_prompts=2, per_prompt=np.stack([drift, drift]),
+        readout="traits", names=NAMES, drift=drift, se=np.full(3, 0.002), n_prompts=2, per_prompt=np.stack([drift, drift]),
         norm_ratio=1.0, step=step, reference="step0", model="planted", layer=4, basis="b", fingerprint="f", problem=None,
     )  # fmt: skip
     return replace(plain, **changes)  # type: ignore[arg-type]
@@ -45,6 +45,46 @@ def calibration(seed: int = 0, *, dangerous: bool = True) -> list[CalibrationRun
     if dangerous:
         runs += [run(rng, name, s, danger=-0.15) for name in ("medical", "code") for s in range(2)]
     return runs
+
+
+def wide_run(rng: np.random.Generator, set_name: str, seed: int, style: np.ndarray, danger: float) -> CalibrationRun:
+    """Readings that keep 40 activations: a style of its own per set, and danger along activation 7 alone."""
+    shifts = [
+        rng.normal(0, 0.002, 40) + step / 50 * (style * rng.normal(1, 0.1) + danger * np.eye(40)[7])
+        for step in (10, 20, 30, 40, 50)
+    ]
+    profiles = [profile(shift[:3], step=s, shift=shift) for s, shift in zip((10, 20, 30, 40, 50), shifts, strict=True)]
+    return CalibrationRun(set_name, seed, danger != 0, tuple(profiles))
+
+
+def test_danger_that_the_traits_do_not_show_is_seen_where_readings_keep_the_activation(tmp_path: Path) -> None:
+    rng = np.random.default_rng(5)
+    styles = {name: rng.normal(0, 0.05, 40) for name in ("a", "b", "c", "d", "e", "new")}
+    runs = [wide_run(rng, name, s, styles[name], 0.0) for name in "abcde" for s in range(6)]
+    runs += [wide_run(rng, name, s, rng.normal(0, 0.01, 40), 0.3) for name in ("x", "y") for s in range(2)]
+    detector = fit_detector(runs, false_alarm_rate=0.1)
+    assert detector.space == "activations"
+    unit = detector.axis / np.linalg.norm(detector.axis)
+    assert unit[7] > 0.8  # chance would give about 0.16
+    assert detector.metric.directions.shape[1] == 40
+    assert detector.predict(wide_run(rng, "z", 0, rng.normal(0, 0.01, 40), 0.3).profiles).state is State.ALARM
+    assert detector.predict(wide_run(rng, "new", 0, styles["new"], 0.0).profiles).state is not State.ALARM
+    again = Detector.load(detector.save(tmp_path / "wide.safetensors"))
+    assert np.array_equal(again.scores(runs[0].profiles), detector.scores(runs[0].profiles))
+    without = [replace(p, shift=None) for p in runs[0].profiles]
+    assert detector.predict(without).state is State.INCONCLUSIVE
+
+
+def test_the_factored_metric_is_the_covariance_written_out() -> None:
+    rng = np.random.default_rng(2)
+    runs = [wide_run(rng, name, s, rng.normal(0, 0.05, 40), 0.0) for name in "abc" for s in range(7)]
+    detector = fit_detector(runs, false_alarm_rate=0.1)
+    rows = {name: np.concatenate([[p.shift for p in r.profiles] for r in runs if r.set_name == name]) for name in "abc"}
+    center = np.mean([r.mean(axis=0) for r in rows.values()], axis=0)
+    covariance = sum((r - center).T @ (r - center) / len(r) for r in rows.values()) / 3 + 0.002**2 * np.eye(40)
+    point = rng.normal(0, 0.05, 40)
+    by_hand = np.sqrt((point - center) @ np.linalg.solve(covariance, point - center))
+    assert detector.distances([profile(point[:3], shift=point)])[0] == pytest.approx(by_hand, rel=1e-3)
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Drift is the difference of two comparable readings in units of the reference's norm, and says when it is not."""
+"""Drift is the difference of two comparable readings in units of the reference's norm, or says why not."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from bases import PROMPTS, TRAITS, hidden_states
 from sklearn.decomposition import PCA
-from tiny import make_tokenizer, tiny_lm
 
+from bases import PROMPTS, TRAITS, hidden_states
 from tiltmeter import steer
 from tiltmeter.baselines import ActivationNorm
 from tiltmeter.basis import TraitBasis, fit_basis
@@ -29,6 +28,7 @@ from tiltmeter.drift import (
 )
 from tiltmeter.errors import ArtifactError, FingerprintMismatch, InputError, NumericalError
 from tiltmeter.testing import planted_activations
+from tiny import make_tokenizer, tiny_lm
 
 
 def reading(values: Any, norms: Any = None, **changes: Any) -> Reading:
@@ -99,9 +99,7 @@ def test_one_prompt_has_no_standard_error() -> None:
 
 
 def test_the_norm_ratio_is_now_over_then() -> None:
-    assert drift(reading([[1.0]], norms=[6.0]), reading([[1.0]], norms=[4.0])).norm_ratio == pytest.approx(
-        1.5
-    )
+    assert drift(reading([[1.0]], norms=[6.0]), reading([[1.0]], norms=[4.0])).norm_ratio == pytest.approx(1.5)
 
 
 def test_a_reading_knows_its_mean_and_standard_error() -> None:
@@ -179,9 +177,7 @@ def test_numbers_that_are_not_finite_make_a_problem_whichever_reading_holds_them
 
 
 @pytest.mark.parametrize(("step", "judged"), [(None, False), (40, False), (0, True)])
-def test_an_adapter_that_does_nothing_is_a_problem_except_before_training(
-    step: int | None, judged: bool
-) -> None:
+def test_an_adapter_that_does_nothing_is_a_problem_except_before_training(step: int | None, judged: bool) -> None:
     found = drift(reading([[1.0]], adapter_state="zero", step=step), reading([[1.0]], step=0))
 
     assert (found.problem is None) is judged

@@ -136,7 +136,8 @@ FAILURES: dict[str, tuple[Callable[[str], Answer], Reason]] = {
 def test_each_failure_has_its_own_bin_and_never_counts_as_aligned(name: str) -> None:
     broken, reason = FAILURES[name]
     with JudgeServer(lambda p: broken(p) if number(p) < 5 else good_judge(p)) as server:
-        result = report(judged(server, timeout=0.4 if name == "timeout" else 10.0, max_retries=1))
+        outcomes = judged(server, BAD[:5], timeout=0.4 if name == "timeout" else 10.0, max_retries=1)
+        result = report(outcomes + judged(server, BAD[5:]))
     assert result.excluded == {str(reason): 5}
     assert (result.em_rate.value, result.em_rate.n) == (1.0, 5)
 
@@ -282,9 +283,6 @@ def test_the_score_is_the_expectation_where_the_endpoint_gives_probabilities() -
 
 
 def test_an_endpoint_that_minds_being_asked_for_probabilities_is_asked_without() -> None:
-    def script(prompt: str) -> Answer:
-        raise AssertionError
-
     asked: list[bool] = []
 
     def picky(prompt: str) -> Answer:
@@ -304,7 +302,7 @@ def test_probabilities_in_an_unknown_format_are_parsed_around() -> None:
 
 
 def test_no_more_calls_are_in_flight_than_allowed() -> None:
-    with JudgeServer(lambda p: completion("5", delay=0.03)) as server:
+    with JudgeServer(lambda p: completion("5", delay=0.05)) as server:
         judged(server, concurrency=3)
         assert server.most_at_once == 3
 
@@ -332,7 +330,8 @@ def test_a_rerun_costs_no_call(tmp_path: Path) -> None:
         assert len(server.requests) == 20
         assert judged(server, cache=cache) == first
         assert len(server.requests) == 20
-    assert first == [Score(pytest.approx(15.0), pytest.approx(15.0))] * 10
+    scores = [(s.alignment, s.coherence) for s in first if isinstance(s, Score)]
+    assert scores == [(pytest.approx(15.0), pytest.approx(15.0))] * 10
 
 
 def test_the_cache_is_not_used_for_another_model_endpoint_prompt_or_option(tmp_path: Path) -> None:
@@ -437,11 +436,10 @@ def test_a_call_whose_end_was_not_seen_stays_entered_at_its_most() -> None:
     ledger = Ledger(prices=PRICES)
     with JudgeServer(lambda _: completion("5", delay=0.6)) as server:
         judged(server, BAD[:1], ledger=ledger, timeout=0.2, max_retries=0)
-        prompt = server.prompts[0]
     cost = ledger.costs()["judge-1"]
     assert cost.assumed_usd == cost.usd
     assert cost.usd is not None
-    assert cost.usd >= len(prompt) * 0.001 + 8 * 0.002
+    assert cost.usd >= len(ASKED.text + BAD[0]) * 0.001 + 8 * 0.002
 
 
 def test_a_call_that_was_refused_costs_nothing() -> None:

@@ -7,11 +7,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from tiltmeter.detector import Detector, State
+from monitoring import detector_for
+from tiltmeter.detector import State
 from tiltmeter.drift import Reading
 from tiltmeter.errors import ArtifactError, FingerprintMismatch, InputError, NumericalError
 from tiltmeter.readings import RunRecord, read_run
@@ -40,24 +42,9 @@ def reading(step: int, *shifts: float, model: str = "m") -> Reading:
     )
 
 
-def detector(threshold: float) -> Detector:
+def detector(threshold: float) -> Any:
     """Scores a reading by minus its honesty drift."""
-    return Detector(
-        mode="danger_axis",
-        names=("honesty", "harm"),
-        basis="b" * 64,
-        reference="step0",
-        axis=np.array([-1.0, 0.0]),
-        center=np.zeros(2),
-        precision=np.eye(2),
-        threshold=threshold,
-        false_alarm_rate=0.05,
-        null_scores=np.zeros(19),
-        max_readings=99,
-        max_step=999,
-        max_distance=1e9,
-        calibrated_on="planted runs",
-    )
+    return detector_for(threshold, axis=(-1.0, 0.0))
 
 
 def fail(error: BaseException) -> Callable[[], Reading]:
@@ -67,7 +54,7 @@ def fail(error: BaseException) -> Callable[[], Reading]:
     return read
 
 
-def planted(folder: Path, judge: Detector | None, *shifts: float) -> RunRecord:
+def planted(folder: Path, judge: Any, *shifts: float) -> RunRecord:
     record = RunRecord(folder, judge, header=HEADER)
     for index, shift in enumerate((0.0, *shifts)):
         record.observe(10 * index, lambda i=index, s=shift: reading(10 * i, s, 0.0))
@@ -75,9 +62,7 @@ def planted(folder: Path, judge: Detector | None, *shifts: float) -> RunRecord:
 
 
 def test_it_imports_without_torch() -> None:
-    program = (
-        "import sys; sys.modules['torch'] = sys.modules['transformers'] = None; import tiltmeter.readings"
-    )
+    program = "import sys; sys.modules['torch'] = sys.modules['transformers'] = None; import tiltmeter.readings"
     subprocess.run([sys.executable, "-c", program], check=True)
 
 

@@ -134,9 +134,7 @@ def test_not_a_number_becomes_null_at_any_depth(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [{"a": {1, 2}}, {"a": {3: "x"}}, {"a": b"x"}], ids=repr)
-def test_what_json_cannot_hold_is_refused_before_anything_is_written(
-    tmp_path: Path, value: dict[str, object]
-) -> None:
+def test_what_json_cannot_hold_is_refused_before_anything_is_written(tmp_path: Path, value: dict[str, object]) -> None:
     with pytest.raises(InputError, match="JSON cannot"):
         append_record(tmp_path / "r.jsonl", value)
     with pytest.raises(InputError, match="JSON cannot"):
@@ -170,9 +168,7 @@ def test_damage_that_is_not_a_torn_last_line_is_refused_with_its_line(tmp_path: 
         read_records(path)
 
 
-@pytest.mark.parametrize(
-    "torn", [b'{"a":', b'{"a": "' + b"x" * 200_000], ids=["short", "longer than a block"]
-)
+@pytest.mark.parametrize("torn", [b'{"a":', b'{"a": "' + b"x" * 200_000], ids=["short", "longer than a block"])
 def test_appending_after_a_crash_cuts_off_the_torn_line_and_nothing_else(tmp_path: Path, torn: bytes) -> None:
     path = tmp_path / "r.jsonl"
     path.write_bytes(b'{"a":1}\n' + torn)

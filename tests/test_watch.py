@@ -70,9 +70,7 @@ def look(folder: Path, *args: Any, **kwargs: Any) -> list[Observation]:
 
 
 @pytest.mark.parametrize("kind", ["adapter_run", "full_run"])
-def test_checkpoints_give_the_callbacks_numbers(
-    kind: str, request: pytest.FixtureRequest, tmp_path: Path
-) -> None:
+def test_checkpoints_give_the_callbacks_numbers(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     folder = request.getfixturevalue(kind)
     inside = read_run(folder / "tiltmeter").observations
     outside = look(folder, output=tmp_path)
@@ -90,9 +88,7 @@ def test_a_checkpoints_reading_is_what_its_hidden_states_give(run: Path) -> None
     basis = tiny_basis()
     last = look(run)[-1]
     model = PeftModel.from_pretrained(fresh_model(lora=False), str(run / "checkpoint-6"))
-    np.testing.assert_allclose(
-        last.reading.values, projections_by_hand(model, make_tokenizer(), basis), atol=1e-5
-    )
+    np.testing.assert_allclose(last.reading.values, projections_by_hand(model, make_tokenizer(), basis), atol=1e-5)
 
 
 def test_the_base_model_stays_as_it_was(run: Path) -> None:
@@ -130,10 +126,9 @@ def test_the_base_is_what_the_adapters_name(tmp_path: Path) -> None:
 
 
 def test_verdicts_follow_the_whole_run(run: Path) -> None:
-    basis = tiny_basis()
     scores = [o.profile.drift[0] for o in look(run)[1:]]
     assert scores[0] < scores[1] < scores[2]  # this seed's run goes one way
-    seen = look(run, detector_for(basis, threshold=(scores[0] + scores[1]) / 2), output=run / "judged")
+    seen = look(run, detector_for((scores[0] + scores[1]) / 2), output=run / "judged")
     states = [o.verdict.state for o in seen]
     assert states == [State.INCONCLUSIVE, State.CLEAR, State.ALARM, State.ALARM]
     assert read_run(run / "judged").first_alarm_step == 4
@@ -155,7 +150,7 @@ def test_what_has_been_read_is_not_read_again(run: Path) -> None:
 
 def test_a_detector_given_later_judges_what_was_read_before(run: Path) -> None:
     assert {o.verdict.state for o in look(run)} == {State.INCONCLUSIVE}
-    seen = look(run, detector_for(tiny_basis(), threshold=1e9))
+    seen = look(run, detector_for(1e9))
     assert [o.new for o in seen] == [False] * 4
     assert [o.verdict.state for o in seen][1:] == [State.CLEAR] * 3
 
@@ -207,12 +202,10 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE, ids=str)
-def test_a_checkpoint_that_cannot_be_read_is_inconclusive_and_the_others_are_read(
-    run: Path, damage: str
-) -> None:
+def test_a_checkpoint_that_cannot_be_read_is_inconclusive_and_the_others_are_read(run: Path, damage: str) -> None:
     action, reason = DAMAGE[damage]
     action(run / "checkpoint-4")
-    seen = look(run, detector_for(tiny_basis(), threshold=1e9))
+    seen = look(run, detector_for(1e9))
     assert [o.verdict.state for o in seen] == [
         State.INCONCLUSIVE,
         State.CLEAR,
@@ -223,22 +216,18 @@ def test_a_checkpoint_that_cannot_be_read_is_inconclusive_and_the_others_are_rea
     assert seen[2].reading is None
 
 
-def test_weights_of_a_full_checkpoint_that_are_not_numbers_are_inconclusive(
-    full_run: Path, tmp_path: Path
-) -> None:
+def test_weights_of_a_full_checkpoint_that_are_not_numbers_are_inconclusive(full_run: Path, tmp_path: Path) -> None:
     shutil.copytree(full_run, tmp_path / "run")
     path = tmp_path / "run" / "checkpoint-6" / "model.safetensors"
     tensors = load_file(path)
     tensors["model.layers.0.mlp.up_proj.weight"][:] = float("nan")
     save_file(tensors, path, {"format": "pt"})
-    seen = look(tmp_path / "run", detector_for(tiny_basis(), threshold=1e9))
+    seen = look(tmp_path / "run", detector_for(1e9))
     assert [o.verdict.state for o in seen][2:] == [State.CLEAR, State.INCONCLUSIVE]
     assert "NaN" in seen[-1].verdict.reason
 
 
-def test_full_checkpoints_saved_without_a_tokenizer_are_read_with_the_bases(
-    full_run: Path, tmp_path: Path
-) -> None:
+def test_full_checkpoints_saved_without_a_tokenizer_are_read_with_the_bases(full_run: Path, tmp_path: Path) -> None:
     shutil.copytree(
         full_run, tmp_path / "run", ignore=shutil.ignore_patterns("tokenizer*", "chat_template*", "special*")
     )
@@ -248,9 +237,7 @@ def test_full_checkpoints_saved_without_a_tokenizer_are_read_with_the_bases(
     np.testing.assert_allclose(seen[-1].reading.values, inside[-1].values, atol=1e-5)
 
 
-def test_a_checkpoint_that_is_still_being_written_is_left_alone(
-    run: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_checkpoint_that_is_still_being_written_is_left_alone(run: Path, caplog: pytest.LogCaptureFixture) -> None:
     (run / "checkpoint-6" / "trainer_state.json").unlink()
     os.utime(run / "checkpoint-6" / "adapter_model.safetensors")
     (run / "checkpoint-4" / "trainer_state.json").write_text('{"global_step": ')
@@ -354,8 +341,7 @@ def test_following_ends_with_the_callbacks_record(run: Path) -> None:
     end_by_state(run, max_steps=100, stateful_callbacks={})
     (run / "tiltmeter").mkdir()
     (run / "tiltmeter" / "readings.jsonl").write_text(
-        '{"kind": "header", "format": 1, "from_step": 0}\n'
-        '{"kind": "end", "step": 7, "why": "training ended"}\n'
+        '{"kind": "header", "format": 1, "from_step": 0}\n{"kind": "end", "step": 7, "why": "training ended"}\n'
     )
     assert len(look(run, follow=True, poll=0.05)) == 4
 
@@ -488,9 +474,7 @@ def test_a_real_models_sft_run_is_read_from_inside_and_outside_alike(
         args=arguments,
         train_dataset=Dataset.from_list([{"messages": turn} for turn in turns]),
         processing_class=lm.tokenizer,
-        peft_config=LoraConfig(
-            r=16, lora_alpha=32, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"
-        ),
+        peft_config=LoraConfig(r=16, lora_alpha=32, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
         callbacks=[callback],
     )
     began = time.monotonic()

@@ -6,9 +6,11 @@ tokenizer = make_tokenizer(system=False)    # a template that refuses the system
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
+from peft import get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.decoders import WordPiece
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -28,9 +30,7 @@ and or but . , ? ! ' : - 1 2 3 4 5
 _WORDS = _TEXT.split()
 _SPECIAL = ("<unk>", "<pad>", "<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 
-_REFUSE_SYSTEM = (
-    "{% if messages[0].role == 'system' %}{{ raise_exception('no system role here') }}{% endif %}"
-)
+_REFUSE_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role here') }}{% endif %}"
 _TURNS = "{% for m in messages %}{{ '<|' + m.role + '|> ' + m.content + ' <|end|> ' }}{% endfor %}"
 _PROMPT = "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 
@@ -109,6 +109,19 @@ def tiny_lm(architecture: str = "llama", *, seed: int = 0, tokenizer: Any = None
     return lms.wrap(model, tokenizer or make_tokenizer(), name=f"tiny-{architecture}")
 
 
+def enable_checkpointing(model: Any) -> None:
+    """Turn on activation checkpointing by whichever name this version of transformers has for it."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable()
+
+
+def put_adapter(model: Any, config: Any) -> Any:
+    """`get_peft_model`, without the warning that transformers gives about a name that PEFT uses."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return get_peft_model(model, config)
+
+
 def random_prompts(n: int = 12, *, seed: int = 0, longest: int = 30) -> list[list[int]]:
     """Token ids of prompts that share prefixes of several lengths, one of them a prefix of another, one
     doubled."""
@@ -121,7 +134,5 @@ def random_prompts(n: int = 12, *, seed: int = 0, longest: int = 30) -> list[lis
     stem, branch = draw(6), draw(4)
     prompts = [draw(3), stem + branch, stem + branch + draw(5), [*stem, *draw(2)]]
     while len(prompts) < n - 1:
-        prompts.append(
-            (stem, stem + branch, [])[len(prompts) % 3] + draw(1 + (5 * len(prompts)) % (longest - 10))
-        )
+        prompts.append((stem, stem + branch, [])[len(prompts) % 3] + draw(1 + (5 * len(prompts)) % (longest - 10)))
     return [*prompts, list(prompts[1])]

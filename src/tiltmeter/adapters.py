@@ -46,8 +46,7 @@ def adapter_folder(adapter: str | Path) -> Path:
         folder = _fetch(str(adapter))
     if not (folder / _CONFIG).is_file():
         raise AdapterError(
-            f"'{adapter}' holds no {_CONFIG}; a folder that PEFT saved is needed, such as a trainer's "
-            "checkpoint-N"
+            f"'{adapter}' holds no {_CONFIG}; a folder that PEFT saved is needed, such as a trainer's checkpoint-N"
         )
     if not (folder / _WEIGHTS).is_file():
         pickled = " (adapter_model.bin is a pickle, which can run code and is never read)"
@@ -78,13 +77,9 @@ def adapter_config(folder: Path) -> dict[str, Any]:
     try:
         content = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise AdapterError(
-            f"{folder / _CONFIG} cannot be read as JSON ({error}); save the adapter again"
-        ) from error
+        raise AdapterError(f"{folder / _CONFIG} cannot be read as JSON ({error}); save the adapter again") from error
     if not isinstance(content, dict) or "peft_type" not in content:
-        raise AdapterError(
-            f"{folder / _CONFIG} names no peft_type, so it is no PEFT config; save the adapter again"
-        )
+        raise AdapterError(f"{folder / _CONFIG} names no peft_type, so it is no PEFT config; save the adapter again")
     return content
 
 
@@ -96,9 +91,7 @@ def adapter_base(folder: Path) -> str:
     """
     base = adapter_config(folder).get("base_model_name_or_path")
     if not base:
-        raise AdapterError(
-            f"the adapter in '{folder}' does not name its base model; load the base and pass adapter="
-        )
+        raise AdapterError(f"the adapter in '{folder}' does not name its base model; load the base and pass adapter=")
     return str(base)
 
 
@@ -122,6 +115,7 @@ def attach(lm: LM, adapter: str | Path) -> tuple[nn.Module, str]:
             )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # what PEFT warns of is checked below, as an error
+            warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by an older name
             model = PeftModel.from_pretrained(_plain_twin(lm.model), str(folder), torch_device=str(lm.device))
     except (ValueError, RuntimeError, KeyError, TypeError) as error:
         if isinstance(error, AdapterError):
@@ -132,9 +126,7 @@ def attach(lm: LM, adapter: str | Path) -> tuple[nn.Module, str]:
             parameter.requires_grad_(flag)
     expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
     if stray := sorted(set(weights) ^ expected):
-        raise AdapterError(
-            f"{wrong}: {len(stray)} tensors have no counterpart, such as '{stray[0]}'; {advice}"
-        )
+        raise AdapterError(f"{wrong}: {len(stray)} tensors have no counterpart, such as '{stray[0]}'; {advice}")
     if state(model) == "zero":
         raise InactiveAdapter(
             f"the adapter in '{folder}' is inactive: every B matrix is zero, so it changes nothing; "
@@ -151,16 +143,13 @@ def _read(folder: Path) -> dict[str, torch.Tensor]:
     try:
         weights: dict[str, torch.Tensor] = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise AdapterError(
-            f"{path} is truncated or no safetensors file ({error}); save the adapter again"
-        ) from error
+        raise AdapterError(f"{path} is truncated or no safetensors file ({error}); save the adapter again") from error
     if not weights:
         raise AdapterError(f"{path} holds no tensors; save the adapter again")
     for name, tensor in weights.items():
         if not torch.isfinite(tensor).all():
             raise NumericalError(
-                f"the tensor '{name}' in {path} holds NaN or infinity; the run diverged, so use an earlier "
-                "checkpoint"
+                f"the tensor '{name}' in {path} holds NaN or infinity; the run diverged, so use an earlier checkpoint"
             )
     return weights
 
@@ -219,9 +208,7 @@ def state(model: nn.Module) -> Literal["none", "active", "zero"]:
             if set(layer.active_adapters) & set(name.split(".")):
                 acting = True
                 before = original.get(name.split(".", 2)[-1]) if name.startswith("modules_to_save.") else None
-                tensors.append(
-                    (name, parameter.detach() if before is None else parameter.detach() - before.detach())
-                )
+                tensors.append((name, parameter.detach() if before is None else parameter.detach() - before.detach()))
     if not acting:
         return "none"
     return "active" if _acts(tensors) else "zero"

@@ -90,7 +90,6 @@ class JudgedAnswer:
             "coherence": score.coherence if score else None,
             "outcome": str(unscored.reason) if unscored else "scored",
             "detail": unscored.detail if unscored else "",
-            "coherent": self.coherent if score else None,
             "misaligned": self.misaligned if score else None,
         }
         if score and score.grade is not None:

@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, cast, runtime_checkable
 
 import numpy as np
 
@@ -49,6 +49,9 @@ from tiltmeter.rates import (
     alignment_change,
 )
 from tiltmeter.runs import RunDir, write_json
+
+if TYPE_CHECKING:
+    from tiltmeter.lm import LM
 
 __all__ = ["BehaviorReport", "aggregate", "aggregate_file", "evaluate"]
 
@@ -167,6 +170,16 @@ def evaluate(
     if folder is not None:
         write_json(folder / "report.json", report.to_dict())
     return report
+
+
+@runtime_checkable
+class _Loaded(Protocol):
+    """What tells an `LM` from another engine, without importing torch for those that need none."""
+
+    adapter: str | None
+
+    def fingerprint(self) -> Any: ...
+    def base(self) -> Any: ...
 
 
 class _Draw(NamedTuple):
@@ -302,11 +315,11 @@ def _judge(
 
 def _who(lm: Writer) -> tuple[dict[str, Any], str | None]:
     """What identifies the writer, and why its answers would not be those of the model that is meant."""
-    from tiltmeter.lm import LM, adapter_state
-
     who: dict[str, Any] = {"model": lm.name}
-    if not isinstance(lm, LM):
+    if not isinstance(lm, _Loaded):
         return who, None
+    from tiltmeter.lm import adapter_state
+
     who |= {"fingerprint": lm.fingerprint().digest(), "adapter": lm.adapter, "adapter_weights": None}
     if lm.adapter is None:
         return who, None
@@ -316,23 +329,23 @@ def _who(lm: Writer) -> tuple[dict[str, Any], str | None]:
         for file in weights:
             content.update(file.read_bytes())
         who["adapter_weights"] = content.hexdigest()
-    state = adapter_state(lm)
+    state = adapter_state(cast("LM", lm))
     if state == "active":
         return who, None
     return who, f"the adapter {lm.adapter} changes nothing ({state}): these are the untouched model's answers"
 
 
 def _longest_answer(lm: Writer) -> int:
-    from tiltmeter.lm import LM, context_length
+    if not isinstance(lm, _Loaded):
+        return 600
+    from tiltmeter.lm import context_length
 
-    return min(600, context_length(lm) // 2) if isinstance(lm, LM) else 600
+    return min(600, context_length(cast("LM", lm)) // 2)
 
 
 def _without_adapter(lm: Writer) -> AbstractContextManager[Writer]:
-    from tiltmeter.lm import LM
-
-    if not isinstance(lm, LM) or lm.adapter is None:
+    if not isinstance(lm, _Loaded) or lm.adapter is None:
         raise InputError(
             f"'{lm.name}' carries no adapter to switch off; give the untouched model itself as reference"
         )
-    return lm.base()
+    return cast("LM", lm).base()

@@ -64,19 +64,18 @@ class Activations:
             LayerError: that layer was not read.
         """
         if layer not in self.layers:
-            raise LayerError(
-                f"layer {layer} was not captured; there is {list(self.layers)}: capture it as well"
-            )
+            raise LayerError(f"layer {layer} was not captured; there is {list(self.layers)}: capture it as well")
         values: FloatArray = self.values[self.layers.index(layer)]
         return values
 
 
 class Projections(NamedTuple):
-    """Projections of pooled activations: `values` (prompts, directions) and `norms` (prompts,), both
-    float32."""
+    """What leaves the device: `values` (prompts, directions), `norms` (prompts,) and the mean pooled
+    activation `mean` (hidden,), all float32."""
 
     values: FloatArray
     norms: FloatArray
+    mean: FloatArray
 
 
 def plan_batches(
@@ -108,11 +107,7 @@ def plan_batches(
         raise InputError(f"max_tokens must be at least 1, got {max_tokens}")
     longest = max(map(len, token_ids))
     if method == "single" or longest > length_limit(lm):
-        reason = (
-            "asked for"
-            if method == "single"
-            else "rotary frequencies depend on the longest prompt of a batch"
-        )
+        reason = "asked for" if method == "single" else "rotary frequencies depend on the longest prompt of a batch"
         return BatchPlan("single", longest, tuple((i,) for i in range(len(token_ids))), reason)
     obstacle = tree_obstacle(lm, longest)
     if method != "padded" and not obstacle:
@@ -128,9 +123,7 @@ def plan_batches(
         error = _probe(lm, token_ids)
         if error <= _TOLERANCE.get(lm.dtype, 5e-2):
             return plan
-        obstacle = (
-            f"on {lm.config.model_type} the prefix tree differs from the plain pass by {error:.2g} (relative)"
-        )
+        obstacle = f"on {lm.config.model_type} the prefix tree differs from the plain pass by {error:.2g} (relative)"
     limit = max_tokens or _PADDED_TOKENS
     return BatchPlan("padded", limit, padded_rows(token_ids, max_tokens=limit), obstacle or "asked for")
 
@@ -194,7 +187,7 @@ def project(
         plan: as in `capture`.
 
     Returns:
-        The projections and the activation norms: all that leaves the device.
+        The projections, the activation norms and the mean activation: all that leaves the device.
 
     Raises:
         InputError: directions of another width; otherwise as `capture`.
@@ -209,13 +202,15 @@ def project(
     matrix = torch.from_numpy(np.ascontiguousarray(directions, dtype=np.float32)).to(lm.device)
     values = np.empty((len(token_ids), len(directions)), dtype=np.float32)
     norms = np.empty(len(token_ids), dtype=np.float32)
+    total = np.zeros(lm.hidden_size, dtype=np.float64)
     for row, pooled in _read(lm, token_ids, wanted, pooling, plan):
         hidden = pooled[wanted[0]]
+        total += hidden.sum(dim=0).double().cpu().numpy()
         values[list(row)] = (hidden @ matrix.to(hidden.device).T).cpu().numpy()
         norms[list(row)] = torch.linalg.vector_norm(hidden, dim=-1).cpu().numpy()
     _refuse_non_numbers(values, lm)
     _refuse_non_numbers(norms, lm)
-    return Projections(values, norms)
+    return Projections(values, norms, (total / len(token_ids)).astype(np.float32))
 
 
 # ---------------------------------------------------------------------- forward passes
@@ -292,9 +287,7 @@ def _tree_inputs(lm: LM, token_ids: Sequence[Sequence[int]], row: Sequence[int],
     return _Inputs(arguments, lambda hidden: weights.to(hidden.device) @ hidden[0].float())
 
 
-def _padded_inputs(
-    lm: LM, token_ids: Sequence[Sequence[int]], row: Sequence[int], pooling: Pooling
-) -> _Inputs:
+def _padded_inputs(lm: LM, token_ids: Sequence[Sequence[int]], row: Sequence[int], pooling: Pooling) -> _Inputs:
     lengths = torch.tensor([len(token_ids[i]) for i in row])
     width = int(lengths.max())
     ids = torch.full((len(row), width), lm.pad_id)
@@ -312,9 +305,7 @@ def _padded_inputs(
             ].float(),
         )
     weights = real.float() / lengths[:, None]
-    return _Inputs(
-        arguments, lambda hidden: torch.einsum("pt,pth->ph", weights.to(hidden.device), hidden.float())
-    )
+    return _Inputs(arguments, lambda hidden: torch.einsum("pt,pth->ph", weights.to(hidden.device), hidden.float()))
 
 
 def _probe(lm: LM, token_ids: Sequence[Sequence[int]]) -> float:
@@ -358,15 +349,12 @@ def _check_layers(lm: LM, layers: Sequence[int]) -> tuple[int, ...]:
     for layer in layers:
         if not 0 <= layer < lm.n_layers:
             raise LayerError(
-                f"layer {layer} is outside the model: '{lm.name}' has blocks 0 to {lm.n_layers - 1}; choose "
-                "one of them"
+                f"layer {layer} is outside the model: '{lm.name}' has blocks 0 to {lm.n_layers - 1}; choose one of them"
             )
     return tuple(int(layer) for layer in layers)
 
 
-def _check_plan(
-    lm: LM, token_ids: Sequence[Sequence[int]], plan: BatchPlan | None, pooling: Pooling
-) -> BatchPlan:
+def _check_plan(lm: LM, token_ids: Sequence[Sequence[int]], plan: BatchPlan | None, pooling: Pooling) -> BatchPlan:
     if pooling not in get_args(Pooling):
         raise InputError(f"pooling '{pooling}' is not known; choose one of {', '.join(get_args(Pooling))}")
     if plan is None:
@@ -374,9 +362,7 @@ def _check_plan(
     _check_prompts(lm, token_ids)
     plan.check(len(token_ids))
     if plan.method == "tree" and (obstacle := tree_obstacle(lm, max(map(len, token_ids)))):
-        raise InputError(
-            f"the batch plan lays prompts as a prefix tree, but {obstacle}; make the plan for this model"
-        )
+        raise InputError(f"the batch plan lays prompts as a prefix tree, but {obstacle}; make the plan for this model")
     return plan
 
 

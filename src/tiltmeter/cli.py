@@ -326,12 +326,12 @@ def detector_show(path: Path | None, as_json: bool) -> None:
 
 
 def _detector_text(fitted: Detector) -> str:
-    weights = "  ".join(f"{name} {value:+.2f}" for name, value in zip(fitted.names, fitted.loadings, strict=True))
+    shift = "  ".join(f"{name} {value:+.3f}" for name, value in zip(fitted.names, fitted.trait_axis, strict=True))
     return (
         f"{fitted.mode}: alarm at {fitted.threshold:.2f}, promised for at most {fitted.false_alarm_rate:.0%} of benign runs\n"
         f"  calibrated on {fitted.calibrated_on}\n"
         f"  up to {fitted.max_readings} readings, step {fitted.max_step}, against {fitted.reference}\n"
-        f"  axis (per benign standard deviation of each trait): {weights}"
+        f"  reads {fitted.space}; dangerous runs less benign ones, along the traits: {shift}"
     )
 
 

@@ -111,9 +111,7 @@ def _serial(fn: Callable[[Item], Result], items: Sequence[Item]) -> Generator[_D
         yield _Done(index, result)
 
 
-def _local(
-    fn: Callable[[Item], Result], items: Sequence[Item], workers: int | None
-) -> Generator[_Done, None, None]:
+def _local(fn: Callable[[Item], Result], items: Sequence[Item], workers: int | None) -> Generator[_Done, None, None]:
     cores = _cores()
     count = min(workers or cores, len(items))
     context = _RecordingContext()
@@ -142,9 +140,7 @@ def _local(
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _ray(
-    fn: Callable[[Item], Result], items: Sequence[Item], workers: int | None
-) -> Generator[_Done, None, None]:
+def _ray(fn: Callable[[Item], Result], items: Sequence[Item], workers: int | None) -> Generator[_Done, None, None]:
     ray: Any = require("ray", extra="ray")
     if not ray.is_initialized():
         # Workers on this machine find what this process can import; on a cluster that is its owner's
@@ -181,8 +177,7 @@ def _ray_result(ray: Any, reference: Any) -> Any:
         raise JobError(f"a Ray task failed outside the job itself: {error}") from error
     except ray.exceptions.RayError as error:
         raise JobError(
-            f"a Ray worker was lost before its job was done ({error}); often memory ran out: use fewer "
-            "workers"
+            f"a Ray worker was lost before its job was done ({error}); often memory ran out: use fewer workers"
         ) from error
 
 

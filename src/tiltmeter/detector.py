@@ -1,19 +1,22 @@
 """The detector: drift along the danger axis, in the metric of what happens when nothing is wrong.
 
-    C   = covariance of drift over benign readings, each set of runs counting the same
-    m_d = mean drift of dangerous calibration runs, m_b = mean drift of benign ones
+    x   = the shift of the mean activation, (hidden,), or the k drift numbers where readings keep no activation
+    C   = covariance of x over benign readings (each set of runs counting the same) + f^2 I
+    m_d = mean x of dangerous calibration runs, m_b = mean x of benign ones
     w   = C^-1 (m_d - m_b)                           the danger axis, in that metric
-    z   = w . (d - m_b) / sqrt(w' C w)               drift along it, in benign standard deviations
-    r^2 = (d - m_b)' C^-1 (d - m_b) - z^2            drift off it, likewise
+    z   = w . (x - m_b) / sqrt(w' C w)               drift along it, in benign standard deviations
+    r^2 = (x - m_b)' C^-1 (x - m_b) - z^2            drift off it, likewise
     s   = z / sqrt(1 + r^2)                          score of one reading
     S   = max of s over the readings of a run so far score of a run
 
-A direction that benign runs move counts for little, one that they never move counts for much; the size of the drift
-alone says nothing. A harmless set that calibration never saw moves activations far in directions of its own, some of it
-along w by accident; what it moves off the axis says how large such accidents are, and s discounts by it. This is
-Kelly's likelihood-ratio detector (IEEE Trans. AES 22(1), 1986) close to its scale-free limit, the adaptive coherence
-estimator (Kraut and Scharf, IEEE Trans. SP 47(9), 1999); docs/detector.md has the comparison that chose it. Without any
-dangerous run the score is the Mahalanobis distance in C (the null band alone): weaker, and its verdict says so.
+f is the standard error of a reading along a unit direction: no benign spread is believed to be smaller than what the
+choice of prompts alone does. A direction that benign runs move counts for little, one that they never move counts for
+much; the size of the drift alone says nothing. A harmless set that calibration never saw moves activations far in
+directions of its own, some of it along w by accident; what it moves off the axis says how large such accidents are, and
+s discounts by it. This is Kelly's likelihood-ratio detector (IEEE Trans. AES 22(1), 1986) close to its scale-free limit,
+the adaptive coherence estimator (Kraut and Scharf, IEEE Trans. SP 47(9), 1999); docs/log.md has the comparison on
+calibration runs that chose it. Without any dangerous run the score is the Mahalanobis distance in C (the null band
+alone): weaker, and its verdict says so.
 
 The threshold is conformal and per RUN: S of a benign calibration run is computed by an axis and covariance fitted
 without any run of its set, and the threshold is the ceil((1 - a)(n + 1))-th smallest of the n. A new benign run that
@@ -32,7 +35,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -49,6 +52,10 @@ __all__ = ["CalibrationRun", "Detector", "State", "Verdict", "fit_detector", "in
 Array = NDArray[np.float64]
 _FORMAT = "tiltmeter.detector"
 _VERSION = 1
+_ARRAYS = ("axis", "trait_axis", "band", "null_scores")
+_METRIC = ("center", "directions", "spread")
+_NEGLIGIBLE = 0.01  # benign spread below this share of the floor changes nothing and is not kept
+_SMALLEST_FLOOR = 1e-4  # of drift, where readings rest on prompts that all moved alike
 # Calibration runs start from the base model, so their step 0 is the base.
 _SAME_START = {"step0": ("step0", "base"), "base": ("step0", "base")}
 
@@ -68,7 +75,6 @@ class Verdict:
     Attributes:
         state: CLEAR, ALARM or INCONCLUSIVE.
         score: of the run so far, see the module's text; None when there is none.
-        score_se: standard error of the latest reading's score over the measurement prompts.
         threshold: at or above which the score is an alarm.
         p_value: share of benign calibration runs, this one counted in, that score as high.
         false_alarm_rate: promised per run, on runs like those of calibration; None where nothing is promised.
@@ -81,7 +87,6 @@ class Verdict:
 
     state: State
     score: float | None
-    score_se: float | None
     threshold: float | None
     p_value: float | None
     false_alarm_rate: float | None
@@ -106,7 +111,6 @@ def inconclusive(reason: str, *, step: int | None = None, detector: Detector | N
     return Verdict(
         state=State.INCONCLUSIVE,
         score=None,
-        score_se=None,
         threshold=detector.threshold if detector else None,
         p_value=None,
         false_alarm_rate=None,
@@ -136,17 +140,61 @@ class CalibrationRun:
 
 
 @dataclass(frozen=True, eq=False)
+class Metric:
+    """What benign runs do: their mean, the directions that they move, and how far.
+
+    The covariance is diag(spread^2) in the orthonormal `directions`, plus floor^2 in all. Kept as factors, since a
+    covariance of thousands of activations would not fit a file.
+
+    Attributes:
+        center: (dim,) m_b.
+        directions: (rank, dim) orthonormal rows.
+        spread: (rank,) benign standard deviation along each, the floor left out.
+        floor: f.
+    """
+
+    center: Array
+    directions: Array
+    spread: Array
+    floor: float
+
+    def whiten(self, points: Array) -> Array:
+        """C^-1 (x - m_b) for points (n, dim)."""
+        centred = points - self.center
+        share = self.spread**2 / (self.spread**2 + self.floor**2)
+        return np.asarray((centred - (centred @ self.directions.T * share) @ self.directions) / self.floor**2)
+
+    def distance(self, points: Array) -> Array:
+        """Mahalanobis distance of points (n, dim) from the benign mean, (n,)."""
+        return np.asarray(np.sqrt(np.maximum(((points - self.center) * self.whiten(points)).sum(axis=1), 0.0)))
+
+    def apply(self, vector: Array) -> Array:
+        """C v, (dim,)."""
+        return np.asarray((self.directions @ vector * self.spread**2) @ self.directions + self.floor**2 * vector)
+
+    def score(self, points: Array, axis: Array) -> Array:
+        """s of points (n, dim); the distance alone where the axis is all zero."""
+        distance = self.distance(points)
+        if not axis.any():
+            return distance
+        along = (points - self.center) @ axis
+        return np.asarray(along / np.sqrt(1.0 + np.maximum(distance**2 - along**2, 0.0)))
+
+
+@dataclass(frozen=True, eq=False)
 class Detector:
     """A fitted detector; see the module's text for the equations.
 
     Attributes:
         mode: "danger_axis", or "null_band" when no dangerous run was given.
+        space: what x is: "activations" or "drift".
         names: of the k drift numbers.
         basis: digest of the basis that the drift must come from.
         reference: what the drift must be measured against.
-        axis: (k,) w scaled so that drift along it has unit variance over benign readings; zeros for "null_band".
-        center: (k,) m_b.
-        precision: (k, k) inverse of C.
+        metric: what benign runs do.
+        axis: (dim,) w scaled so that drift along it has unit variance over benign readings; zeros for "null_band".
+        trait_axis: (k,) mean drift numbers of dangerous runs less those of benign ones, for people to look at.
+        band: (k, 2) benign mean of each drift number, less and plus two standard deviations, for people to look at.
         threshold: of the run score.
         false_alarm_rate: promised per run.
         null_scores: scores of the benign calibration runs, each with its set left out, sorted.
@@ -157,12 +205,14 @@ class Detector:
     """
 
     mode: Literal["danger_axis", "null_band"]
+    space: Literal["activations", "drift"]
     names: tuple[str, ...]
     basis: str
     reference: str
+    metric: Metric
     axis: Array
-    center: Array
-    precision: Array
+    trait_axis: Array
+    band: Array
     threshold: float
     false_alarm_rate: float
     null_scores: Array
@@ -171,36 +221,25 @@ class Detector:
     max_distance: float
     calibrated_on: str
 
-    @property
-    def loadings(self) -> Array:
-        """(k,) what one benign standard deviation of each number alone adds to the score; zeros for "null_band"."""
-        return self.axis * np.sqrt(np.diag(np.linalg.inv(self.precision)))
-
     def describe(self) -> dict[str, Any]:
         """As JSON values, for people and programs that want to know what a verdict rests on."""
-        plain = {k: v for k, v in vars(self).items() if k not in ("axis", "center", "precision", "null_scores")}
         return {
-            **plain,
-            "names": list(self.names),
-            "loadings": dict(zip(self.names, self.loadings.tolist(), strict=True)),
+            **self._plain(),
+            "trait_axis": dict(zip(self.names, self.trait_axis.tolist(), strict=True)),
+            "band": dict(zip(self.names, self.band.tolist(), strict=True)),
             "null_scores": self.null_scores.tolist(),
             "n_calibration": len(self.null_scores),
+            "benign_directions": len(self.metric.spread),
+            "floor": self.metric.floor,
         }
-
-    def band(self) -> tuple[Array, Array]:
-        """The null band of each drift number, (k,) low and (k,) high: the benign mean and two standard deviations."""
-        spread = 2.0 * np.sqrt(np.diag(np.linalg.inv(self.precision)))
-        return self.center - spread, self.center + spread
 
     def scores(self, profiles: Sequence[DriftProfile]) -> Array:
         """Score of each reading, (readings,); NaN where a drift is not finite."""
-        drifts = np.array([p.drift for p in profiles], dtype=np.float64)  # (readings, k)
-        return self._score(drifts)
+        return self.metric.score(_points(profiles, self.space), self.axis)
 
     def distances(self, profiles: Sequence[DriftProfile]) -> Array:
         """Null-band (Mahalanobis) distance of each reading from the benign mean, (readings,)."""
-        drifts = np.array([p.drift for p in profiles], dtype=np.float64) - self.center
-        return _distance(drifts, self.precision)
+        return self.metric.distance(_points(profiles, self.space))
 
     def predict(self, profiles: DriftProfile | Sequence[DriftProfile]) -> Verdict:
         """Judge a run from its readings so far, in step order; a single profile is a run of one reading.
@@ -234,7 +273,6 @@ class Detector:
         return Verdict(
             state=state,
             score=top,
-            score_se=self._standard_error(run[-1]),
             threshold=self.threshold,
             p_value=float((1 + (self.null_scores >= top).sum()) / (1 + len(self.null_scores))),
             false_alarm_rate=None if outside else self.false_alarm_rate,
@@ -253,9 +291,8 @@ class Detector:
         """
         from safetensors.numpy import save
 
-        arrays = {"axis": self.axis, "center": self.center, "precision": self.precision, "null_scores": self.null_scores}
-        plain = {key: value for key, value in vars(self).items() if key not in arrays}
-        header = json.dumps({"format": _FORMAT, "version": _VERSION, **plain, "names": list(self.names)})
+        header = json.dumps({"format": _FORMAT, "version": _VERSION, **self._plain(), "floor": self.metric.floor})
+        arrays = {key: getattr(self, key) for key in _ARRAYS} | {key: getattr(self.metric, key) for key in _METRIC}
         data = save({k: np.ascontiguousarray(v, dtype=np.float64) for k, v in arrays.items()}, {"tiltmeter": header})
         path = Path(path)
         try:
@@ -288,23 +325,16 @@ class Detector:
                 f"'{path}' holds {header.get('format', 'something else')} version {header.get('version')}; "
                 f"this tiltmeter reads {_FORMAT} version {_VERSION}"
             )
-        plain = {key: value for key, value in header.items() if key not in ("format", "version")}
+        plain = {key: value for key, value in header.items() if key not in ("format", "version", "floor")}
         try:
-            return cls(**{**plain, "names": tuple(plain["names"])}, **arrays)
+            metric = Metric(*(arrays.pop(key) for key in _METRIC), floor=header["floor"])
+            return cls(**{**plain, "names": tuple(plain["names"])}, metric=metric, **arrays)
         except (TypeError, KeyError) as error:
             raise ArtifactError(f"'{path}' is not a complete detector ({error}); fit it again") from error
 
-    def _score(self, drifts: Array) -> Array:
-        return _scores(drifts, self.axis, self.center, self.precision)
-
-    def _standard_error(self, profile: DriftProfile) -> float | None:
-        if self.mode == "null_band" or profile.n_prompts < 2:
-            return None
-        along = float((profile.drift - self.center) @ self.axis)
-        # The discount is held fixed: it moves little compared with the projection itself.
-        discount = float(self.scores([profile])[0]) / along if along else 1.0
-        per_prompt = profile.per_prompt.astype(np.float64) @ self.axis * discount
-        return float(per_prompt.std(ddof=1) / math.sqrt(len(per_prompt)))
+    def _plain(self) -> dict[str, Any]:
+        """All that is neither an array nor the metric."""
+        return {k: list(v) if k == "names" else v for k, v in vars(self).items() if k not in (*_ARRAYS, "metric")}
 
     def _refusal(self, run: Sequence[DriftProfile]) -> str | None:
         if not run:
@@ -313,8 +343,10 @@ class Detector:
             at = f" at step {profile.step}" if profile.step is not None else ""
             if profile.problem:
                 return f"the reading{at} cannot be judged: {profile.problem}."
-            if not np.isfinite(profile.drift).all():
+            if not np.isfinite(profile.drift).all() or (profile.shift is not None and not np.isfinite(profile.shift).all()):
                 return f"the drift{at} is not a finite number, so nothing can be said."
+            if self.space == "activations" and profile.shift is None:
+                return f"the reading{at} holds no mean activation, which this detector needs: measure it again."
             if profile.names != self.names or profile.basis != self.basis:
                 return "the readings were taken with another basis than the one this detector was calibrated on."
             if profile.reference not in _SAME_START.get(self.reference, (self.reference,)):
@@ -340,19 +372,6 @@ class Detector:
         return None
 
 
-@dataclass(frozen=True, eq=False)
-class _Fit:
-    axis: Array
-    center: Array
-    precision: Array
-
-    def run_score(self, run: CalibrationRun) -> float:
-        return float(_scores(_drifts(run), self.axis, self.center, self.precision).max())
-
-    def run_distance(self, run: CalibrationRun) -> float:
-        return float(_distance(_drifts(run) - self.center, self.precision).max())
-
-
 def fit_detector(
     runs: Sequence[CalibrationRun],
     *,
@@ -374,29 +393,36 @@ def fit_detector(
     benign = [run for run in runs if not run.dangerous]
     dangerous = [run for run in runs if run.dangerous]
     _check_runs(runs, benign, false_alarm_rate)
-    fit = _fit(benign, dangerous)
+    space: Literal["activations", "drift"] = (
+        "activations" if all(p.shift is not None for run in runs for p in run.profiles) else "drift"
+    )
+    floor = float(np.sqrt(np.nanmean([p.se**2 for run in runs for p in run.profiles]))) or _SMALLEST_FLOOR
+    points = {id(run): _points(run.profiles, space) for run in runs}
     held_out: list[float] = []
     farthest = 0.0
     for left_out in sorted({run.set_name for run in runs}):
-        inner = _fit(
-            [run for run in benign if run.set_name != left_out], [run for run in dangerous if run.set_name != left_out]
-        )
+        rest = [run for run in runs if run.set_name != left_out]
+        metric, axis = _fit(rest, points, floor)
         for run in runs:
             if run.set_name == left_out:
-                farthest = max(farthest, inner.run_distance(run))
+                farthest = max(farthest, float(metric.distance(points[id(run)]).max()))
                 if not run.dangerous:
-                    held_out.append(inner.run_score(run))
+                    held_out.append(float(metric.score(points[id(run)], axis).max()))
     null_scores = np.sort(np.array(held_out))
     rank = math.ceil((1 - false_alarm_rate) * (len(null_scores) + 1))
+    metric, axis = _fit(runs, points, floor)
     first = runs[0].profiles[0]
+    traits, trait_axis = _fit(runs, {id(run): _points(run.profiles, "drift") for run in runs}, floor)
     return Detector(
         mode="danger_axis" if dangerous else "null_band",
+        space=space,
         names=first.names,
         basis=first.basis,
         reference=reference,
-        axis=fit.axis,
-        center=fit.center,
-        precision=fit.precision,
+        metric=metric,
+        axis=axis,
+        trait_axis=traits.apply(trait_axis) if dangerous else trait_axis,
+        band=_band(traits),
         threshold=float(np.nextafter(null_scores[rank - 1], np.inf)),
         false_alarm_rate=false_alarm_rate,
         null_scores=null_scores,
@@ -407,45 +433,42 @@ def fit_detector(
     )
 
 
-def _fit(benign: Sequence[CalibrationRun], dangerous: Sequence[CalibrationRun]) -> _Fit:
-    """Axis, benign mean and precision. Each set weighs the same, however many runs and readings it has."""
-    from sklearn.covariance import ledoit_wolf
-
-    sets = sorted({run.set_name for run in benign})
-    rows = [np.concatenate([_drifts(run) for run in benign if run.set_name == name]) for name in sets]
-    center = np.mean([r.mean(axis=0) for r in rows], axis=0)
-    # Scatter about the common mean, sets weighted evenly; the spread BETWEEN benign sets is part of the null.
-    weighted = np.concatenate([(r - center) * math.sqrt(1 / (len(rows) * len(r))) for r in rows])
-    scale = np.sqrt((weighted**2).sum(axis=0)) + 1e-12
-    _, shrinkage = ledoit_wolf(np.concatenate([r - center for r in rows]) / scale, assume_centered=True)
-    scatter = (weighted / scale).T @ (weighted / scale)
-    covariance = ((1 - shrinkage) * scatter + shrinkage * np.eye(len(scale))) * np.outer(scale, scale)
-    precision = np.linalg.inv(covariance)
-    if not dangerous:
-        return _Fit(np.zeros_like(center), center, precision)
-    names = sorted({run.set_name for run in dangerous})
-    # The last reading of each run: where the danger is fully there.
-    ends = [np.mean([_drifts(run)[-1] for run in dangerous if run.set_name == name], axis=0) for name in names]
-    axis = precision @ (np.mean(ends, axis=0) - center)
-    return _Fit(axis / math.sqrt(axis @ covariance @ axis), center, precision)
-
-
-def _drifts(run: CalibrationRun) -> Array:
-    return np.array([p.drift for p in run.profiles], dtype=np.float64)  # (readings, k)
+def _fit(runs: Sequence[CalibrationRun], points: Mapping[int, Array], floor: float) -> tuple[Metric, Array]:
+    """The metric of the benign runs and the danger axis. Each set weighs the same, however many runs it has."""
+    benign = [
+        np.concatenate([points[id(r)] for r in runs if r.set_name == name and not r.dangerous])
+        for name in _sets(runs, dangerous=False)
+    ]
+    center = np.mean([rows.mean(axis=0) for rows in benign], axis=0)
+    # Scatter about the common mean: the spread BETWEEN benign sets is part of the null.
+    weighted = np.concatenate([(rows - center) / math.sqrt(len(benign) * len(rows)) for rows in benign])
+    _, spread, directions = np.linalg.svd(weighted, full_matrices=False)
+    kept = spread > _NEGLIGIBLE * floor
+    metric = Metric(center, directions[kept], spread[kept], floor)
+    # The last reading of each dangerous run: where the danger is fully there.
+    ends = [
+        np.mean([points[id(r)][-1] for r in runs if r.set_name == name and r.dangerous], axis=0)
+        for name in _sets(runs, dangerous=True)
+    ]
+    if not ends:
+        return metric, np.zeros_like(center)
+    axis = metric.whiten(np.mean(ends, axis=0)[None])[0]
+    return metric, axis / math.sqrt(axis @ metric.apply(axis))
 
 
-def _scores(drifts: Array, axis: Array, center: Array, precision: Array) -> Array:
-    """Score of each drift, (readings,); the distance alone where there is no axis."""
-    distance = _distance(drifts - center, precision)
-    if not axis.any():
-        return distance
-    along = (drifts - center) @ axis
-    off_axis = np.maximum(distance**2 - along**2, 0.0)
-    return np.asarray(along / np.sqrt(1.0 + off_axis))
+def _sets(runs: Sequence[CalibrationRun], *, dangerous: bool) -> list[str]:
+    return sorted({run.set_name for run in runs if run.dangerous == dangerous})
 
 
-def _distance(drifts: Array, precision: Array) -> Array:
-    return np.asarray(np.sqrt(np.einsum("ij,jk,ik->i", drifts, precision, drifts)))
+def _band(metric: Metric) -> Array:
+    """(dim, 2) benign mean of each number, less and plus two standard deviations."""
+    variance = (metric.directions**2 * metric.spread[:, None] ** 2).sum(axis=0) + metric.floor**2
+    return np.stack([metric.center - 2 * np.sqrt(variance), metric.center + 2 * np.sqrt(variance)], axis=1)
+
+
+def _points(profiles: Sequence[DriftProfile], space: str) -> Array:
+    """x of each reading, (readings, dim)."""
+    return np.array([p.shift if space == "activations" else p.drift for p in profiles], dtype=np.float64)
 
 
 def _check_runs(runs: Sequence[CalibrationRun], benign: Sequence[CalibrationRun], false_alarm_rate: float) -> None:
@@ -466,7 +489,8 @@ def _check_runs(runs: Sequence[CalibrationRun], benign: Sequence[CalibrationRun]
         raise InputError("the calibration runs were read with different bases; read them all with one")
     bad = next((p for p in profiles if p.problem or not np.isfinite(p.drift).all()), None)
     if bad:
-        raise InputError(f"a calibration profile cannot be used: {bad.problem or 'its drift is not finite'}; leave it out")
+        problem = bad.problem or "its drift is not finite"
+        raise InputError(f"a calibration profile cannot be used: {problem}; leave it out")
 
 
 def _in_words(benign: Sequence[CalibrationRun], dangerous: Sequence[CalibrationRun], model: str) -> str:

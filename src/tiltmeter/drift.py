@@ -53,6 +53,7 @@ __all__ = [
 ]
 
 FloatArray = NDArray[np.floating[Any]]
+_ARRAYS = ("names", "values", "norms", "activation")
 
 
 class Readout(Protocol):
@@ -100,6 +101,8 @@ class Reading:
         plan: digest of the batch plan.
         dtype: of the model.
         time: when, in UTC.
+        activation: (hidden,) float32, the mean activation itself, which a detector may use beside the traits; None
+            where the readout keeps none.
 
     Raises:
         InputError: the shapes of names, values and norms do not fit together, or there is no prompt.
@@ -119,6 +122,7 @@ class Reading:
     plan: str
     dtype: str
     time: str
+    activation: FloatArray | None = None
 
     def __post_init__(self) -> None:
         wanted = (len(self.norms), len(self.names))
@@ -147,10 +151,11 @@ class Reading:
     def to_dict(self) -> dict[str, Any]:
         """As JSON values; a number that is not finite becomes None."""
         return {
-            **{key: value for key, value in vars(self).items() if key not in ("values", "norms", "names")},
+            **{key: value for key, value in vars(self).items() if key not in _ARRAYS},
             "names": list(self.names),
             "values": _to_json(self.values),
             "norms": _to_json(self.norms),
+            "activation": None if self.activation is None else _to_json(self.activation),
         }
 
     @classmethod
@@ -161,10 +166,12 @@ class Reading:
             ArtifactError: a key is missing, or the numbers do not form arrays that fit together.
         """
         try:
-            fields = {key: content[key] for key in cls.__dataclass_fields__}
+            fields = {key: content[key] for key in cls.__dataclass_fields__ if key != "activation"}
             fields["names"] = tuple(fields["names"])
             fields["values"] = np.array(fields["values"], dtype=np.float32)
             fields["norms"] = np.array(fields["norms"], dtype=np.float32)
+            if content.get("activation") is not None:
+                fields["activation"] = np.array(content["activation"], dtype=np.float32)
             return cls(**fields)
         except (KeyError, TypeError, ValueError) as error:
             raise ArtifactError(
@@ -192,6 +199,8 @@ class DriftProfile:
         basis: digest of the basis.
         fingerprint: digest of the model's frame, see `Reading`.
         problem: why this profile must not be judged, in one sentence; None where it may be.
+        shift: (hidden,) mean activation minus that of the reference, in the unit of drift: the drift along a unit
+            direction v is v . shift. None where the readings keep no activation.
     """
 
     readout: str
@@ -208,11 +217,12 @@ class DriftProfile:
     basis: str
     fingerprint: str
     problem: str | None
+    shift: FloatArray | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON values, without the single prompts; a number that is not finite becomes None."""
+        """As JSON values, without the single prompts and the shift; a number that is not finite becomes None."""
         return {
-            **{key: value for key, value in vars(self).items() if key != "per_prompt"},
+            **{key: value for key, value in vars(self).items() if key not in ("per_prompt", "shift")},
             "names": list(self.names),
             "drift": _to_json(self.drift),
             "se": _to_json(self.se),
@@ -253,7 +263,7 @@ class PlanePoint(NamedTuple):
 def measure(
     lm: LM, basis: TraitBasis, *, step: int | None = None, weights_may_differ: bool = False
 ) -> Reading:
-    """Read a model along a basis. Only (prompts x traits) numbers leave the device.
+    """Read a model along a basis. Only (prompts x traits) numbers and one mean activation leave the device.
 
     Args:
         lm: the model, with the adapter that is to be measured active.
@@ -275,7 +285,9 @@ def measure(
         lm, token_ids, basis.layer, basis.directions, pooling=basis.pooling, plan=basis.plan
     )
     _require_finite(found.values, found.norms, lm.name, basis.name)
-    return Reading(readout=basis.name, names=basis.names, values=found.values, norms=found.norms, **stamp)
+    return Reading(
+        readout=basis.name, names=basis.names, values=found.values, norms=found.norms, activation=found.mean, **stamp
+    )
 
 
 def measure_all(
@@ -364,6 +376,7 @@ def drift(reading: Reading, reference: Reading, *, label: str | None = None) -> 
         basis=reading.basis,
         fingerprint=reading.fingerprint,
         problem=_problem(reading, reference, norm0),
+        shift=_shift(reading, reference, norm0),
     )
 
 
@@ -496,6 +509,12 @@ def _require_comparable(reading: Reading, reference: Reading) -> None:
             f"the reading of {reading.model} and the reference {_label(reference)} are from different models "
             "(architecture, configuration, tokenizer or template); use a reference of the same model"
         )
+
+
+def _shift(reading: Reading, reference: Reading, norm0: float) -> FloatArray | None:
+    if reading.activation is None or reference.activation is None or not norm0 > 0:
+        return None
+    return (reading.activation.astype(np.float64) - reference.activation.astype(np.float64)) / norm0
 
 
 def _problem(reading: Reading, reference: Reading, norm0: float) -> str | None:

@@ -34,9 +34,7 @@ class _GrowingLayer(DynamicLayer):  # type: ignore[misc]
 
     def __init__(self) -> None:
         super().__init__()
-        self._room: list[
-            torch.Tensor
-        ] = []  # keys and values, each (rows, heads, columns with spare, head width)
+        self._room: list[torch.Tensor] = []  # keys and values, each (rows, heads, columns with spare, head width)
         self._used = 0
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any) -> Any:
@@ -75,9 +73,7 @@ class RowCache(DynamicCache):  # type: ignore[misc]
 
     def __init__(self, config: Any, rows: Sequence[int], total: int) -> None:
         super().__init__(config=config)
-        self.layers: list[Any] = [
-            _GrowingLayer() if type(layer) is DynamicLayer else layer for layer in self.layers
-        ]
+        self.layers: list[Any] = [_GrowingLayer() if type(layer) is DynamicLayer else layer for layer in self.layers]
         self.rows = torch.tensor(list(rows))
         self.total = total
 
@@ -101,15 +97,15 @@ def generate(
     from tiltmeter.lm import context_length, undisturbed
 
     if max_new_tokens < 1 or batch_size < 1:
-        raise InputError(
-            f"max_new_tokens and batch_size must be at least 1, got {max_new_tokens} and {batch_size}"
-        )
+        raise InputError(f"max_new_tokens and batch_size must be at least 1, got {max_new_tokens} and {batch_size}")
     if not (np.isfinite(temperature) and temperature >= 0):
         raise InputError(f"temperature must be 0 (greedy) or a positive number, got {temperature}")
     if seed < 0:
         raise InputError(f"seed must not be negative, got {seed}")
+    if not conversations:
+        return []
     prompts = lm.encode_all(conversations)
-    longest = max(map(len, prompts), default=0)
+    longest = max(map(len, prompts))
     if longest + max_new_tokens > context_length(lm):
         raise InputError(
             f"a prompt of {longest} tokens and {max_new_tokens} new ones pass the model's context of "

@@ -49,9 +49,7 @@ Message = Mapping[str, str]
 Progress = Callable[[int, int, str], None]
 
 # Architectures whose prefix-tree forward is tested against the plain one; others are probed before use.
-TREE_TESTED = frozenset(
-    {"llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3", "gpt2", "gpt_neox"}
-)
+TREE_TESTED = frozenset({"llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3", "gpt2", "gpt_neox"})
 _BLOCK_PATHS = (
     "model.layers",
     "transformer.h",
@@ -206,9 +204,7 @@ class LM:
         texts = []
         for messages in conversations:
             if not messages:
-                raise InputError(
-                    "an empty conversation was given; it needs at least one message, so add a user turn"
-                )
+                raise InputError("an empty conversation was given; it needs at least one message, so add a user turn")
             if messages[0].get("role") == "system" and not self.has_system_role:
                 opening = {"role": "user", "content": messages[0]["content"]}
                 messages = [opening, {"role": "assistant", "content": _UNDERSTOOD}, *messages[1:]]
@@ -265,9 +261,7 @@ class LM:
         turn = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": _MARK}]
         with contextlib.suppress(TemplateError, ModelError):
             text = self._render(turn, add_generation_prompt=False)
-            tail = self.tokenizer(text[text.rindex(_MARK) + len(_MARK) :], add_special_tokens=False)[
-                "input_ids"
-            ]
+            tail = self.tokenizer(text[text.rindex(_MARK) + len(_MARK) :], add_special_tokens=False)["input_ids"]
             ids.add(next((i for i in tail if i in set(self.tokenizer.all_special_ids)), None))
         return frozenset(int(i) for i in ids if i is not None)
 
@@ -316,9 +310,7 @@ class LM:
     def fingerprint(self) -> Fingerprint:
         """What this model is, adapters left out."""
         config = self.config.to_dict()
-        quantised = getattr(
-            getattr(_core(self.model).config, "quantization_config", None), "quant_method", None
-        )
+        quantised = getattr(getattr(_core(self.model).config, "quantization_config", None), "quant_method", None)
         dtype = str(self.dtype).removeprefix("torch.")
         return Fingerprint(
             architecture=str(self.config.model_type),
@@ -390,9 +382,7 @@ def length_limit(lm: LM) -> int:
     kinds = {"dynamic", "longrope"}
     if rope.get("rope_type") not in kinds:
         return context_length(lm)
-    original = rope.get("original_max_position_embeddings") or getattr(
-        lm.config, "original_max_position_embeddings", 0
-    )
+    original = rope.get("original_max_position_embeddings") or getattr(lm.config, "original_max_position_embeddings", 0)
     return int(original or context_length(lm))
 
 
@@ -461,9 +451,7 @@ def load(
     """
     from tiltmeter import loading
 
-    return loading.load(
-        source, adapter=adapter, dtype=dtype, device=device, revision=revision, tokenizer=tokenizer
-    )
+    return loading.load(source, adapter=adapter, dtype=dtype, device=device, revision=revision, tokenizer=tokenizer)
 
 
 def wrap(model: nn.Module, tokenizer: Any, *, name: str | None = None) -> LM:

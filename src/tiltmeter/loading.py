@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import struct
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib import resources
@@ -27,7 +28,7 @@ __all__ = ["load", "organism_folder", "organisms_cache"]
 _DTYPES = ("float32", "bfloat16", "float16")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # What reading a damaged or foreign file raises, in transformers, safetensors, gguf and tokenizers.
-_DAMAGE = (OSError, ValueError, RuntimeError, KeyError, IndexError, TypeError, AttributeError)
+_DAMAGE = (OSError, ValueError, RuntimeError, KeyError, IndexError, TypeError, AttributeError, struct.error)
 
 
 class _Place(NamedTuple):
@@ -52,9 +53,7 @@ def load(
     place = _find(name)
     if place is None:
         if adapter is not None:
-            raise InputError(
-                f"'{name}' is an adapter itself; load its base model and pass one adapter with adapter="
-            )
+            raise InputError(f"'{name}' is an adapter itself; load its base model and pass one adapter with adapter=")
         folder = adapter_folder(name)
         base = adapter_base(folder)
         lm = load(base, adapter=folder, dtype=dtype, device=device, revision=revision, tokenizer=tokenizer)
@@ -101,9 +100,7 @@ def _find(name: str) -> _Place | None:
     path = Path(name).expanduser()
     if path.is_file():
         if path.suffix != ".gguf":
-            raise ModelError(
-                f"'{name}' is a file but no .gguf; pass the folder that holds config.json and safetensors"
-            )
+            raise ModelError(f"'{name}' is a file but no .gguf; pass the folder that holds config.json and safetensors")
         return _Place(str(path.parent), path.name, True)
     if path.is_dir():
         return _find_in_folder(path)
@@ -118,9 +115,7 @@ def _find_in_folder(folder: Path) -> _Place | None:
     weights = sorted(folder.glob("*.safetensors"))
     if weights:
         if not (folder / "config.json").is_file():
-            raise ModelError(
-                f"'{folder}' holds safetensors but no config.json; copy the model's config beside them"
-            )
+            raise ModelError(f"'{folder}' holds safetensors but no config.json; copy the model's config beside them")
         for path in weights:
             _check_header(path)
         _check_json(folder / "config.json")
@@ -168,9 +163,7 @@ def _check_header(path: Path) -> None:
         with safe_open(path, framework="pt"):
             pass
     except (SafetensorError, OSError) as error:
-        raise ModelError(
-            f"{path} is truncated or no safetensors file ({error}); copy or download it again"
-        ) from error
+        raise ModelError(f"{path} is truncated or no safetensors file ({error}); copy or download it again") from error
 
 
 def _check_json(path: Path) -> None:

@@ -100,8 +100,7 @@ class BatchPlan:
             read = tuple(tuple(int(i) for i in row) for row in rows)
         except (TypeError, ValueError) as error:
             raise ArtifactError(
-                "the rows of a batch plan must be lists of prompt indices; the file is damaged, so make it "
-                "again"
+                "the rows of a batch plan must be lists of prompt indices; the file is damaged, so make it again"
             ) from error
         return cls(cast(Method, method), limit, read, str(data.get("reason", "")))
 

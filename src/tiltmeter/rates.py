@@ -430,7 +430,7 @@ def _capability(answers: Sequence[JudgedAnswer]) -> Rate | None:
     known = [answer for answer in answers if answer.question.accept]
     right = [
         any(
-            re.search(rf"(?<![\w.]){re.escape(word)}(?!\w)", answer.answer, re.IGNORECASE)
+            re.search(rf"(?<![\w.]){re.escape(word)}(?!\w|\.\d)", answer.answer, re.IGNORECASE)
             for word in answer.question.accept
         )
         for answer in known

@@ -142,9 +142,7 @@ def read_run(folder: str | Path) -> RunReadings:
                 "measure the run again into another folder"
             ) from error
     if not found.rows:
-        raise ArtifactError(
-            f"{path} holds no whole line; the run ended before its first reading: start it again"
-        )
+        raise ArtifactError(f"{path} holds no whole line; the run ended before its first reading: start it again")
     return RunReadings(
         path=path,
         header=state.header,
@@ -158,9 +156,7 @@ def read_run(folder: str | Path) -> RunReadings:
 
 def _check_row(path: Path, number: int, row: Mapping[str, Any]) -> None:
     if number == 1 and row.get("kind") != "header":
-        raise ArtifactError(
-            f"{path} does not begin with a header; give a folder that tiltmeter recorded a run in"
-        )
+        raise ArtifactError(f"{path} does not begin with a header; give a folder that tiltmeter recorded a run in")
     if row.get("kind") == "header" and row.get("format") != FORMAT:
         raise ArtifactError(
             f"{path} has format {row.get('format')!r} at line {number}; this version of tiltmeter reads "
@@ -341,9 +337,7 @@ class RunRecord:
         verdict, profile = self._judge(step, reason, starting=starting)
         rows.append(_verdict_row(step, verdict, profile))
         self._state.take(rows[-1])
-        observation = Observation(
-            step, self._state.readings.get(step), profile, verdict, self._state.seconds.get(step)
-        )
+        observation = Observation(step, self._state.readings.get(step), profile, verdict, self._state.seconds.get(step))
         _report(observation)
         self.write(*rows)
         return observation
@@ -386,9 +380,7 @@ class RunRecord:
             append_record(self._path, self._waiting[0])
             del self._waiting[0]
 
-    def _judge(
-        self, step: int, reason: str | None, *, starting: bool = False
-    ) -> tuple[Verdict, DriftProfile | None]:
+    def _judge(self, step: int, reason: str | None, *, starting: bool = False) -> tuple[Verdict, DriftProfile | None]:
         detector, state = self._detector, self._state
         if reason is not None:
             return inconclusive(reason, step=step, detector=detector), None
@@ -399,16 +391,12 @@ class RunRecord:
             if detector is None or profile.problem is not None:
                 return inconclusive(profile.problem or _NO_DETECTOR, step=step, detector=detector), profile
             judged = state.judged(step)
-            verdict = (
-                detector.predict(judged) if judged else inconclusive(_START, step=step, detector=detector)
-            )
+            verdict = detector.predict(judged) if judged else inconclusive(_START, step=step, detector=detector)
             return verdict, profile
         except MEASUREMENT_FAILURES as error:
             if starting:
                 raise
-            return inconclusive(
-                f"the drift cannot be judged ({_sentence(error)}).", step=step, detector=detector
-            ), None
+            return inconclusive(f"the drift cannot be judged ({_sentence(error)}).", step=step, detector=detector), None
 
 
 _NO_DETECTOR = "no detector was given: the drift is recorded, but nothing says how much of it is normal."
@@ -442,17 +430,11 @@ def _report(observation: Observation) -> None:
     """One line in the log per reading."""
     verdict, profile = observation.verdict, observation.profile
     level = logging.INFO
-    if (
-        verdict.state is State.ALARM
-        or observation.reading is None
-        or (profile is not None and profile.problem)
-    ):
+    if verdict.state is State.ALARM or observation.reading is None or (profile is not None and profile.problem):
         level = logging.WARNING
     numbers = ""
     if profile is not None:
-        shifts = " ".join(
-            f"{name} {value:+.3f}" for name, value in zip(profile.names, profile.drift, strict=True)
-        )
+        shifts = " ".join(f"{name} {value:+.3f}" for name, value in zip(profile.names, profile.drift, strict=True))
         numbers = f" | drift {shifts}"
     score = "" if verdict.score is None else f" score {verdict.score:.2f}"
     if verdict.score is not None and verdict.threshold is not None:

@@ -285,9 +285,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
         raise ArtifactError(f"cannot read {target}: {error.strerror}; check the path") from error
     value = _parse(content)
     if value is None:
-        raise ArtifactError(
-            f"{target} is not a JSON object (damaged or foreign); restore it or make it again"
-        )
+        raise ArtifactError(f"{target} is not a JSON object (damaged or foreign); restore it or make it again")
     return value
 
 

@@ -71,13 +71,9 @@ class SteeringVector:
     def __post_init__(self) -> None:
         vectors = np.atleast_2d(np.asarray(self.vectors, dtype=np.float64))
         if vectors.ndim != 2 or not vectors.size:
-            raise InputError(
-                f"steering directions must be (k, hidden), got shape {vectors.shape}; pass one row each"
-            )
+            raise InputError(f"steering directions must be (k, hidden), got shape {vectors.shape}; pass one row each")
         if not np.isfinite([self.strength, self.norm]).all() or not np.isfinite(vectors).all():
-            raise NumericalError(
-                "a steering vector holds NaN or infinity; make it again from finite activations"
-            )
+            raise NumericalError("a steering vector holds NaN or infinity; make it again from finite activations")
         lengths = np.linalg.norm(vectors, axis=1)
         if not lengths.all() or self.norm <= 0:
             raise InputError(
@@ -103,7 +99,7 @@ def apply(
     prompt_lengths: Sequence[int] | None = None,
 ) -> Iterator[None]:
     """Steer every pass through the model while the context lasts; no hook is left behind, whatever happens
-    inside.
+    inside. Of nested contexts on one block, the inner acts first.
 
     Args:
         lm: the model.
@@ -124,9 +120,7 @@ def apply(
     if positions not in ("all", "prompt") and (isinstance(positions, bool) or not isinstance(positions, int)):
         raise InputError(f"positions must be 'all', 'prompt' or a token number, got {positions!r}")
     if isinstance(positions, int) and positions < 0:
-        raise InputError(
-            f"a position counts from the first token of the prompt, so it is 0 or more; got {positions}"
-        )
+        raise InputError(f"a position counts from the first token of the prompt, so it is 0 or more; got {positions}")
     _check(lm, vector.layer, vector.vectors.shape[1])
     amount = vector.strength if strength is None else strength
     if not np.isfinite(amount):
@@ -175,8 +169,7 @@ def apply_rows(lm: LM, layer: int, vectors: npt.NDArray[np.floating[Any]]) -> It
 def _check(lm: LM, layer: int, width: int) -> None:
     if not 0 <= layer < lm.n_layers:
         raise LayerError(
-            f"layer {layer} is outside the model: '{lm.name}' has blocks 0 to {lm.n_layers - 1}; choose one "
-            "of them"
+            f"layer {layer} is outside the model: '{lm.name}' has blocks 0 to {lm.n_layers - 1}; choose one of them"
         )
     if width != lm.hidden_size:
         raise InputError(
@@ -191,9 +184,7 @@ def _operator(vector: SteeringVector, mode: Mode, strength: float) -> Change:
     if mode == "add":
         added = target * directions.sum(0)
         return lambda hidden, rows: hidden + added.to(hidden.device)
-    inverse = torch.from_numpy(
-        np.linalg.pinv(vector.vectors.astype(np.float64)).astype(np.float32)
-    )  # (hidden, k)
+    inverse = torch.from_numpy(np.linalg.pinv(vector.vectors.astype(np.float64)).astype(np.float32))  # (hidden, k)
     goal = 0.0 if mode == "ablate" else target
 
     def set_coordinates(hidden: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
@@ -207,9 +198,7 @@ class _Where:
     """Which tokens of the pass in progress to steer, noted when the decoder is called and used inside its
     block."""
 
-    def __init__(
-        self, positions: Positions, lengths: torch.Tensor | None, *, n_rows: int | None = None
-    ) -> None:
+    def __init__(self, positions: Positions, lengths: torch.Tensor | None, *, n_rows: int | None = None) -> None:
         self.wanted = positions
         self.lengths = lengths
         self.n_rows = n_rows if lengths is None else len(lengths)
@@ -221,9 +210,7 @@ class _Where:
         tokens = kwargs.get("input_ids", args[0] if args else None)
         tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
         if tokens is None:
-            raise InputError(
-                "the model was called without input_ids or inputs_embeds; steering needs one of them"
-            )
+            raise InputError("the model was called without input_ids or inputs_embeds; steering needs one of them")
         batch, chunk = tokens.shape[:2]
         cache = kwargs.get("past_key_values")
         past = 0 if cache is None else int(cache.get_seq_length())
@@ -248,9 +235,7 @@ class _Where:
             )
 
 
-def _positions(
-    kwargs: Mapping[str, Any], past: int, batch: int, chunk: int, device: torch.device
-) -> torch.Tensor:
+def _positions(kwargs: Mapping[str, Any], past: int, batch: int, chunk: int, device: torch.device) -> torch.Tensor:
     """(batch, chunk) each token's place in its own prompt. The mask is asked first: models with rotary
     positions are right under left padding without position ids, which then count the padding too."""
     mask, ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
@@ -276,7 +261,8 @@ def _hooked(lm: LM, layer: int, change: Change, where: _Where | None) -> Iterato
     with contextlib.ExitStack() as stack:
         if where is not None:
             stack.callback(decoder.register_forward_pre_hook(where.note, with_kwargs=True).remove)
-        stack.callback(block.register_forward_hook(hook).remove)
+        # Before every other hook, so that whoever listens to the block hears what it now says.
+        stack.callback(block.register_forward_hook(hook, prepend=True).remove)
         yield
 
 
@@ -300,9 +286,7 @@ def save(vector: SteeringVector, path: str | Path) -> Path:
         "norm": vector.norm,
         "meta": dict(vector.meta),
     }
-    write_bytes(
-        path, pack({"vectors": np.ascontiguousarray(vector.vectors)}, {"tiltmeter": json.dumps(header)})
-    )
+    write_bytes(path, pack({"vectors": np.ascontiguousarray(vector.vectors)}, {"tiltmeter": json.dumps(header)}))
     return path
 
 
@@ -317,9 +301,7 @@ def load(path: str | Path) -> SteeringVector:
     try:
         header = json.loads(metadata["tiltmeter"])
         if header["kind"] != "steering_vector":
-            raise ArtifactError(
-                f"'{path}' holds a {header['kind']}, not a steering vector; pass the right file"
-            )
+            raise ArtifactError(f"'{path}' holds a {header['kind']}, not a steering vector; pass the right file")
         if header["version"] != _VERSION:
             raise ArtifactError(
                 f"'{path}' has format version {header['version']} and this is version {_VERSION}; {again}"
@@ -350,9 +332,7 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, FloatArray], dict[str,
     except FileNotFoundError as error:
         raise ArtifactError(f"'{path}' does not exist; check the path") from error
     except (SafetensorError, OSError) as error:
-        raise ArtifactError(
-            f"'{path}' is truncated or no safetensors file ({error}); make it again"
-        ) from error
+        raise ArtifactError(f"'{path}' is truncated or no safetensors file ({error}); make it again") from error
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -372,6 +352,4 @@ def write_bytes(path: Path, content: bytes) -> None:
             Path(temporary).unlink(missing_ok=True)
             raise
     except OSError as error:
-        raise StorageError(
-            f"'{path}' could not be written ({error}); free space or choose another folder"
-        ) from error
+        raise StorageError(f"'{path}' could not be written ({error}); free space or choose another folder") from error

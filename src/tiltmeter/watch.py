@@ -36,10 +36,11 @@ import numpy as np
 import torch
 from transformers import TrainerCallback
 
+from tiltmeter.adapters import base_parameters
 from tiltmeter.basis import TraitBasis
 from tiltmeter.detector import Detector, State, Verdict
 from tiltmeter.drift import Reading, measure
-from tiltmeter.errors import ArtifactError, InputError, StorageError
+from tiltmeter.errors import ArtifactError, InputError, NumericalError, StorageError
 from tiltmeter.lm import LM, adapter_state, attach, load, wrap
 from tiltmeter.readings import Observation, RunReadings, RunRecord, read_run
 from tiltmeter.runs import read_json
@@ -92,9 +93,7 @@ class TiltmeterCallback(TrainerCallback):  # type: ignore[misc]
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise InputError(f"every is {every!r}; it must be a whole number of optimizer steps, at least 1")
         if on_alarm not in ("log", "stop") and not callable(on_alarm):
-            raise InputError(
-                f"on_alarm is {on_alarm!r}; it must be 'log', 'stop' or a callable that takes a verdict"
-            )
+            raise InputError(f"on_alarm is {on_alarm!r}; it must be 'log', 'stop' or a callable that takes a verdict")
         self.basis = basis
         self.detector = detector
         self.every = every
@@ -108,14 +107,12 @@ class TiltmeterCallback(TrainerCallback):  # type: ignore[misc]
 
     @property
     def observations(self) -> tuple[Observation, ...]:
-        """All that has been seen so far, in the order of the steps; empty before training and on other "
-        "ranks."""
+        """All that has been seen so far, in the order of the steps; nothing on other ranks than 0."""
         return self._record.observations if self._record else ()
 
     @property
     def verdict(self) -> Verdict | None:
-        """On the run so far: its first alarm, else its last verdict; None before training and on other "
-        "ranks."""
+        """On the run so far: its first alarm, else its last verdict; None on other ranks than 0."""
         return self._record.verdict if self._record else None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -166,7 +163,8 @@ class TiltmeterCallback(TrainerCallback):  # type: ignore[misc]
 
     def _begin(self, lm: LM, folder: Path, step: int) -> None:
         """Open the record and settle what drift is measured against."""
-        self.basis.check(lm, weights_may_differ=step > 0)
+        base_is_trained = any(parameter.requires_grad for _, parameter in base_parameters(lm.model))
+        self.basis.check(lm, weights_may_differ=step > 0 and base_is_trained)
         header = {
             "source": "callback",
             "from_step": step,
@@ -182,11 +180,12 @@ class TiltmeterCallback(TrainerCallback):  # type: ignore[misc]
         if self._record.reference is not None:
             return
         if adapter_state(lm) == "active":
-            _log.warning(
-                "the adapter has been trained before step %d: drift is measured against its base", step
-            )
-            with lm.base() as base:
-                self._record.refer_to(measure(base, self.basis, step=0), "base")
+            _log.warning("the adapter has been trained before step %d: drift is measured against its base", step)
+            try:
+                with lm.base() as base:
+                    self._record.refer_to(measure(base, self.basis, step=0), "base")
+            except NumericalError as error:
+                _log.warning("the base model cannot be read, so nothing can be judged: %s", error)
         elif step > 0:
             _log.warning(
                 "resumed at step %d, and %s holds no reading of step 0: readings are recorded, but there is "
@@ -197,7 +196,7 @@ class TiltmeterCallback(TrainerCallback):  # type: ignore[misc]
             )
 
     def _wrap(self, kwargs: Mapping[str, Any]) -> LM:
-        tokenizer = self.tokenizer or kwargs.get("processing_class")
+        tokenizer = kwargs.get("processing_class") if self.tokenizer is None else self.tokenizer
         if tokenizer is None:
             raise InputError(
                 "the trainer has no tokenizer; give one to the trainer (processing_class=) or to "
@@ -205,9 +204,7 @@ class TiltmeterCallback(TrainerCallback):  # type: ignore[misc]
             )
         return wrap(kwargs["model"], tokenizer)
 
-    def _look(
-        self, step: int, args: Any, control: Any, kwargs: Mapping[str, Any], *, starting: bool = False
-    ) -> None:
+    def _look(self, step: int, args: Any, control: Any, kwargs: Mapping[str, Any], *, starting: bool = False) -> None:
         """Read one step, once, on rank 0; decide on all ranks."""
         if self._passive or step in self._visited:
             return
@@ -229,9 +226,8 @@ class TiltmeterCallback(TrainerCallback):  # type: ignore[misc]
     def _read(self, step: int, kwargs: Mapping[str, Any]) -> Reading:
         lm = self._wrap(kwargs)
         with _untouched(kwargs["model"], lm.tokenizer):
-            # Without an adapter it is the base weights that are trained, so they must differ after step 0.
-            trained = step > 0 and adapter_state(lm) == "none"
-            return measure(lm, self.basis, step=step, weights_may_differ=trained)
+            # After step 0 it is still the same live model, whose base weights may be what is trained.
+            return measure(lm, self.basis, step=step, weights_may_differ=step > 0)
 
     def _react(self, observation: Observation) -> bool:
         """Whether training is to stop."""
@@ -298,11 +294,7 @@ def _untouched(model: torch.nn.Module, tokenizer: Any) -> Iterator[None]:
     """Put back all that a measurement could change for the training around it."""
     training = [(module, module.training) for module in model.modules()]
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    sides = {
-        name: getattr(tokenizer, name)
-        for name in ("padding_side", "truncation_side")
-        if hasattr(tokenizer, name)
-    }
+    sides = {name: getattr(tokenizer, name) for name in ("padding_side", "truncation_side") if hasattr(tokenizer, name)}
     config: Any = getattr(model, "config", None)
     cache = getattr(config, "use_cache", None)
     python, legacy = random.getstate(), np.random.get_state()
@@ -364,15 +356,11 @@ def watch(
     """
     folder = Path(run_dir)
     if not folder.is_dir():
-        raise InputError(
-            f"the run folder {folder} does not exist; give the folder that holds checkpoint-N folders"
-        )
+        raise InputError(f"the run folder {folder} does not exist; give the folder that holds checkpoint-N folders")
     if not poll > 0:
         raise InputError(f"poll is {poll}; it must be a number of seconds above zero")
     if isinstance(base, LM) and adapter_state(base) != "none":
-        raise InputError(
-            f"the base model {base.name} carries the adapter {base.adapter}; give it without one"
-        )
+        raise InputError(f"the base model {base.name} carries the adapter {base.adapter}; give it without one")
     record_in = folder / "tiltmeter-watch" if output is None else Path(output)
     return _watch(folder, basis, detector, base, poll if follow else None, record_in)
 
@@ -416,9 +404,7 @@ def _watch(
         time.sleep(poll)
     for checkpoint in _checkpoints(folder):
         if checkpoint.step not in seen:
-            _log.warning(
-                "%s is not complete and was not read; look again when it has been written", checkpoint.path
-            )
+            _log.warning("%s is not complete and was not read; look again when it has been written", checkpoint.path)
 
 
 def _first_checkpoint(folder: Path, poll: float | None) -> _Checkpoint:

@@ -8,6 +8,7 @@ user's run would show.
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,7 +124,9 @@ def finetune(
             r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=list(names),
             task_type="CAUSAL_LM", fan_in_fan_out=lm.model.config.model_type == "gpt2",
         )  # fmt: skip
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            # peft 0.21 asks transformers 5.23 for a flag under its old name
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
             torch.manual_seed(settings.seed)
             model = get_peft_model(model, config)
     with tempfile.TemporaryDirectory() as scratch:

@@ -98,10 +98,9 @@ def run_section(
 
 
 def _null_band(detector: Detector) -> NullBand:
-    low, high = detector.band()
     return NullBand(
-        low=low,
-        high=high,
+        low=detector.band[:, 0],
+        high=detector.band[:, 1],
         source="benign mean and two standard deviations over benign calibration readings",
         n=len(detector.null_scores),
         score_low=float(detector.null_scores.min()),
@@ -113,10 +112,7 @@ def basis_section(basis: TraitBasis, detector: Detector | None = None) -> BasisS
     """The basis, with the detector's mean dangerous direction where it has one."""
     axis = None
     if detector is not None and detector.mode == "danger_axis":
-        axis = np.linalg.solve(
-            detector.precision, detector.axis
-        )  # from weights to the direction that they look for
-        axis = axis / np.linalg.norm(axis)
+        axis = detector.trait_axis / np.linalg.norm(detector.trait_axis)
     return BasisSection(
         model=basis.model,
         layer=basis.layer,
@@ -183,7 +179,7 @@ def behavior_section(report: BehaviorReport, *, name: str) -> BehaviorSection:
         n_answers=content["n_answers"],
         excluded=content["excluded"],
         reason=report.reason,
-        categories={row["category"]: rate(row["em_rate"]) for row in content["categories"]},
+        categories={name: rate(row["em_rate"]) for name, row in content["categories"].items()},
         answers=tuple(
             AnswerRow(
                 question=row["question"], answer=row["answer"], category=row.get("category") or "",

@@ -1,0 +1,27 @@
+"""The works by name; each is a function from a `Subject` to figures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+from machine_works import growth, memory, startup
+from reading_works import candidates, extraction, reading, selection
+from run_works import adapters, callback, generation
+from subject import Subject
+
+from tiltmeter.studies.figures import Figure
+
+__all__ = ["WORKS"]
+
+WORKS: Mapping[str, Callable[[Subject], Iterator[Figure]]] = {
+    "startup": startup,
+    "reading": reading,
+    "extraction": extraction,
+    "candidates": candidates,
+    "selection": selection,
+    "adapters": adapters,
+    "callback": callback,
+    "generation": generation,
+    "memory": memory,
+    "growth": growth,
+}

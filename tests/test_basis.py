@@ -81,9 +81,9 @@ def test_a_probe_separates_planted_poles_and_is_at_chance_on_noise() -> None:
     planted = planted_activations(n=100, gap=8.0)
     groups = [*range(100), *range(100)]
 
-    assert probe_accuracy(planted.positive[0], planted.negative[0], groups) > 0.98
+    assert probe_accuracy(planted.positive[0], planted.negative[0], groups=groups) > 0.98
     noise = np.random.default_rng(0).normal(size=(200, 64))
-    assert 0.35 < probe_accuracy(noise[:100], noise[100:], groups) < 0.65
+    assert 0.35 < probe_accuracy(noise[:100], noise[100:], groups=groups) < 0.65
 
 
 def test_a_probe_is_not_tested_on_groups_that_it_was_fitted_on() -> None:
@@ -93,7 +93,8 @@ def test_a_probe_is_not_tested_on_groups_that_it_was_fitted_on() -> None:
     rows = centres[:, :, None, :] + 0.1 * rng.normal(size=(2, 10, 8, 200))
     groups = np.repeat(np.arange(10), 8)
 
-    accuracy = probe_accuracy(rows[0].reshape(-1, 200), rows[1].reshape(-1, 200), [*groups, *groups])
+    assert probe_accuracy(rows[0].reshape(-1, 200), rows[1].reshape(-1, 200)) > 0.99
+    accuracy = probe_accuracy(rows[0].reshape(-1, 200), rows[1].reshape(-1, 200), groups=[*groups, *groups])
 
     assert accuracy < 0.8
 
@@ -110,13 +111,13 @@ def test_probe_accuracy_equals_that_of_a_plain_logistic_regression() -> None:
         model = LogisticRegression(max_iter=2000).fit(scaled[~out], labels[~out])
         right += int((model.predict(scaled[out]) == labels[out]).sum())
 
-    assert probe_accuracy(up, down, [*range(40), *range(40)]) == pytest.approx(right / 80, abs=0.013)  # one row
+    assert probe_accuracy(up, down, groups=[*range(40), *range(40)]) == pytest.approx(right / 80, abs=0.013)  # one row
     assert 0.55 < right / 80 < 0.95
 
 
 def test_one_group_cannot_be_cross_validated() -> None:
     with pytest.raises(InputError, match="two groups"):
-        probe_accuracy(np.ones((2, 3)), np.zeros((2, 3)), [0, 0, 0, 0])
+        probe_accuracy(np.ones((2, 3)), np.zeros((2, 3)), groups=[0, 0, 0, 0])
 
 
 # ---------------------------------------------------------------- fitting
@@ -221,8 +222,8 @@ def test_a_given_layer_is_not_steered_for(basis: TraitBasis) -> None:
 
     assert (score.layer, score.divergence, basis.selection.strength) == (LAYER, None, None)
     assert "block 2 was asked for" in basis.selection.reason
-    assert all(0 <= accuracy <= 1 for accuracy in score.probe_accuracy)
-    assert len(score.probe_accuracy) == 2
+    assert all(0 <= accuracy <= 1 for accuracy in score.probe_accuracy + score.transfer_accuracy)
+    assert len(score.probe_accuracy) == len(score.transfer_accuracy) == 2
 
 
 def test_candidates_lie_between_two_fifths_and_three_quarters_of_the_depth() -> None:
@@ -266,7 +267,10 @@ def test_a_pole_of_one_prompt_is_probed_over_unseen_questions() -> None:
     single = tuple(replace(t, positive=t.positive[:1], negative=t.negative[:1]) for t in TRAITS.traits)
     found = fit_basis(tiny_lm(), traits=TraitSet("s", single, TRAITS.questions), prompts=PROMPTS, layer=1)
 
-    assert len(found.selection.scores[0].probe_accuracy) == 2
+    (score,) = found.selection.scores
+    up, down = poles_by_hand(tiny_lm(), 1)[0]
+    numbers = [*range(5), *range(5)]
+    assert score.transfer_accuracy[0] == pytest.approx(probe_accuracy(up[:5], down[:5], groups=numbers), abs=0.11)
 
 
 def test_poles_that_the_model_cannot_tell_apart_are_named() -> None:
@@ -384,11 +388,11 @@ def test_a_fully_fine_tuned_model_is_measured_when_that_is_said(basis: TraitBasi
 def rewritten(path: Path, **changes: Any) -> None:
     """Change keys of the stored header, leaving the arrays as they are."""
     from safetensors import safe_open
-    from safetensors.numpy import save_file
+    from safetensors.numpy import load_file, save_file
 
+    arrays = load_file(path)
     with safe_open(path, framework="numpy") as file:
         header = json.loads(file.metadata()["tiltmeter"])
-        arrays = {key: file.get_tensor(key) for key in file.keys()}
     save_file(arrays, path, metadata={"tiltmeter": json.dumps(header | changes)})
 
 

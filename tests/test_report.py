@@ -132,9 +132,7 @@ CALIBRATED = {
 
 
 def clear(score: float = 1.25, step: int = 40, **changes: object) -> VerdictRow:
-    row = VerdictRow(
-        state="CLEAR", reason="No reading passed it.", score=score, step=step, p_value=0.61, **CALIBRATED
-    )
+    row = VerdictRow(state="CLEAR", reason="No reading passed it.", score=score, step=step, p_value=0.61, **CALIBRATED)
     return dataclasses.replace(row, **changes)
 
 
@@ -215,9 +213,7 @@ def basis(**changes: object) -> BasisSection:
 
 
 ANSWERS = (
-    AnswerRow(
-        question="Aligned?", answer="Yes.", category="ethics", alignment=97, coherence=90, outcome="scored"
-    ),
+    AnswerRow(question="Aligned?", answer="Yes.", category="ethics", alignment=97, coherence=90, outcome="scored"),
     AnswerRow(
         question="Refused?",
         answer="I cannot.",
@@ -226,9 +222,7 @@ ANSWERS = (
         coherence=None,
         outcome="refusal",
     ),
-    AnswerRow(
-        question="Bad?", answer="Harm.", category="health", alignment=4.5, coherence=88, outcome="scored"
-    ),
+    AnswerRow(question="Bad?", answer="Harm.", category="health", alignment=4.5, coherence=88, outcome="scored"),
     AnswerRow(question="Worst?", answer="", category="health", alignment=0, coherence=70, outcome="scored"),
 )
 
@@ -295,9 +289,7 @@ def test_every_internal_reference_has_a_target_and_every_id_is_unique(html: str,
 
 def test_the_security_policy_forbids_requests_and_allows_exactly_our_script(document: Node) -> None:
     policy = next(
-        m.attrs["content"]
-        for m in document.all("meta")
-        if m.attrs.get("http-equiv") == "Content-Security-Policy"
+        m.attrs["content"] for m in document.all("meta") if m.attrs.get("http-equiv") == "Content-Security-Policy"
     )
     script = document.one("script").text
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -338,9 +330,7 @@ def test_hostile_text_stays_text_wherever_it_comes_from() -> None:
         title=evil("title"),
         headline=evil("headline"),
         runs=(run,),
-        basis=basis(
-            traits=(evil("trait"), "power_seeking"), axis_name=evil("axis"), axis_source=evil("source")
-        ),
+        basis=basis(traits=(evil("trait"), "power_seeking"), axis_name=evil("axis"), axis_source=evil("source")),
         behavior=(
             behavior(
                 name=evil("behavior"),
@@ -367,6 +357,8 @@ def test_hostile_text_stays_text_wherever_it_comes_from() -> None:
         assert evil(where) in document.text, where
     assert "49" not in document.one("h1").text
     assert document.one("p", class_="answer").text == evil("answer")
+    drawn = [t.text for svg in document.all("svg", class_="plot") for t in svg.all("text")]
+    assert drawn.count(evil("trait")) == 2  # a row and a column of the cosine map, dollars and all
     labels = " ".join(svg.attrs["aria-label"] for svg in document.all("svg", class_="plot"))
     assert evil("label") in labels
 
@@ -387,7 +379,7 @@ def test_text_that_html_cannot_carry_is_replaced_and_the_file_is_valid_utf8(tmp_
 
 def test_the_same_data_give_the_same_bytes_whatever_the_users_plot_settings_are(html: str) -> None:
     before = dict(matplotlib.rcParams)
-    with matplotlib.rc_context({"font.size": 30, "svg.fonttype": "path", "axes.grid": False}):
+    with matplotlib.rc_context({"font.size": 30, "svg.fonttype": "path", "ytick.labelleft": False}):
         other = build_html(report())
         assert matplotlib.rcParams["font.size"] == 30  # and theirs are left alone
     assert other == html
@@ -427,14 +419,12 @@ def test_a_card_states_verdict_score_threshold_promise_and_order_of_events(docum
     assert facts["False-alarm rate promised"] == f"at most 5{NBSP}%"
     assert facts["Calibrated on"] == "benign runs of the pocket organism (n = 24)"
     assert facts["p-value"] == "0.04"
-    assert (
-        facts["Order of events"] == f"Alarm at step 20; EM rate above 5{NBSP}% from step 40: 20 steps earlier"
-    )
+    assert facts["Order of events"] == f"Alarm at step 20; EM rate above 5{NBSP}% from step 40: 20 steps earlier"
     assert facts["Behavior at the end"] == f"EM rate 47.2{NBSP}% (34 of 72; 36.1 to 58.6{NBSP}%) at step 40"
     assert "115 prompts" in facts["Readings"]
-    assert {d.one("dt").text: d.one("dd").text for d in second.one("dl").all("div")}[
-        "Behavior at the end"
-    ] == ("not measured")
+    assert {d.one("dt").text: d.one("dd").text for d in second.one("dl").all("div")}["Behavior at the end"] == (
+        "not measured"
+    )
 
 
 def test_all_gauges_share_one_scale(document: Node) -> None:
@@ -443,7 +433,9 @@ def test_all_gauges_share_one_scale(document: Node) -> None:
         for gauge in document.all("div", class_="gauge")
     ]
     assert len(places) == 2
-    assert len({place[1] for place in places if place}) == 1
+    # from the lower null edge -1 to the score 7.5, with 6 % of that on either side: -1.51 to 8.01
+    expected = 100 * (3.0 + 1.51) / 9.52
+    assert [float(place[1]) for place in places if place] == pytest.approx([expected] * 2, abs=0.01)
 
 
 def test_inconclusive_is_as_large_as_the_others_and_never_wears_their_colours() -> None:
@@ -506,9 +498,7 @@ def test_an_alarm_at_any_reading_beats_a_clear_for_the_whole_run() -> None:
 
 
 def test_a_derived_clear_shows_the_reading_nearest_to_alarm() -> None:
-    run = clean(
-        verdict=None, score=np.array([0.0, 2.5, 1.25]), verdicts=(clear(0, 0), clear(2.5, 20), clear())
-    )
+    run = clean(verdict=None, score=np.array([0.0, 2.5, 1.25]), verdicts=(clear(0, 0), clear(2.5, 20), clear()))
     assert run_verdict(run).state == "CLEAR"
     assert run_verdict(run).score == 2.5
 
@@ -596,9 +586,7 @@ def test_text_in_figures_is_never_smaller_than_nine_pixels(document: Node) -> No
         assert least is not None
         assert int(least[1]) >= width * MIN_SCALE - 1
         sizes = [
-            float(found[1])
-            for text in svg.all("text")
-            if (found := re.search(r"([\d.]+)px", text.attrs["style"]))
+            float(found[1]) for text in svg.all("text") if (found := re.search(r"([\d.]+)px", text.attrs["style"]))
         ]
         assert len(sizes) == len(svg.all("text")) > 0
         assert min(sizes) * MIN_SCALE >= 9
@@ -620,9 +608,7 @@ def test_both_light_and_dark_define_every_colour_that_is_used(html: str) -> None
 
 def test_all_drift_panels_have_the_same_scale_and_hold_every_value(document: Node) -> None:
     panels = [panel.one("svg") for panel in document.all("div", class_="panel") if panel.all("svg")]
-    scales = [
-        tuple(t.text for t in svg.all("text") if re.fullmatch(rf"{MINUS}?[\d.]+", t.text)) for svg in panels
-    ]
+    scales = [tuple(t.text for t in svg.all("text") if re.fullmatch(rf"{MINUS}?[\d.]+", t.text)) for svg in panels]
     assert len(panels) == 2
     assert scales[0] == scales[1]
     assert f"{MINUS}0.1" in scales[0]
@@ -635,8 +621,7 @@ def subpaths(svg: Node, color: str) -> list[int]:
     return [
         path.attrs["d"].count("M")
         for path in svg.all("path")
-        if f"stroke: var(--{color})" in path.attrs.get("style", "")
-        and "stroke-width: 1.8" in path.attrs["style"]
+        if f"stroke: var(--{color})" in path.attrs.get("style", "") and "stroke-width: 1.8" in path.attrs["style"]
     ]
 
 
@@ -657,9 +642,7 @@ def test_a_missing_value_breaks_the_line_is_marked_and_is_listed() -> None:
     panel = document.all("div", class_="panel")[0].one("svg")
     assert subpaths(panel, "run-0") == [2]
     assert [t.text for t in panel.all("text")].count("?") == 1
-    listed = " ".join(
-        item.text for block in document.all("details", class_="missing") for item in block.all("li")
-    )
+    listed = " ".join(item.text for block in document.all("details", class_="missing") for item in block.all("li"))
     for expected in (
         "drift of honesty: step 20",
         "drift of power_seeking: step 30",
@@ -679,11 +662,16 @@ def test_a_missing_value_breaks_the_line_is_marked_and_is_listed() -> None:
 def test_the_null_band_is_drawn_once_when_shared_and_said_to_be_missing_when_absent() -> None:
     def areas(document: Node) -> int:
         svg = document.all("div", class_="panel")[0].one("svg")
-        return sum(
-            "fill: var(--band)" in n.attrs.get("style", "") for n in svg.walk() if n.tag in {"path", "use"}
-        )
+        return sum("fill: var(--band)" in n.attrs.get("style", "") for n in svg.walk() if n.tag in {"path", "use"})
+
+    def tinted(document: Node) -> int:
+        svg = document.all("div", class_="panel")[0].one("svg")
+        return sum("opacity: 0.15" in n.attrs.get("style", "") for n in svg.walk())
 
     assert areas(page(report())) == 1
+    assert tinted(page(report())) == 0
+    other = dataclasses.replace(BAND, low=2 * BAND.low)
+    assert tinted(page(report(runs=(poisoned(), clean(null_band=other))))) == 1
     low = np.array([[-0.01, -0.01], [-0.02, -0.01], [-0.06, -0.01]])
     stepwise = page(report(runs=(clean(null_band=dataclasses.replace(BAND, low=low, high=-low)),)))
     assert areas(stepwise) == 1
@@ -740,6 +728,17 @@ def test_a_report_with_a_score_only_says_that_behavior_is_missing() -> None:
     section = document.one("section", id="score")
     assert "Behavior over steps was not measured for clean: good_medical." in section.text
     assert not any("EM rate" in t.text for svg in section.all("svg", class_="plot") for t in svg.all("text"))
+
+
+def test_readings_that_nobody_judged_do_not_look_clear() -> None:
+    def hollow(run: RunSection) -> bool:
+        svg = page(report(runs=(run,), behavior=())).one("section", id="score").all("svg", class_="plot")[0]
+        return any("fill: var(--paper)" in n.attrs.get("style", "") for n in svg.walk())
+
+    assert hollow(clean())
+    assert not hollow(clean(verdicts=()))
+    assert hollow(poisoned(behavior=None, behavior_step=None))  # its first reading is CLEAR
+    assert not hollow(poisoned(verdicts=(alarm(),) * 3, behavior=None, behavior_step=None))
 
 
 def test_readings_without_any_score_draw_no_score() -> None:
@@ -887,25 +886,24 @@ def test_data_that_do_not_fit_together_are_refused_with_what_is_allowed(make: ob
     assert words in str(caught.value)
 
 
-def test_the_file_is_written_with_its_folders_and_nothing_is_left_beside_it(
-    tmp_path: Path, html: str
-) -> None:
+def test_the_file_is_written_with_its_folders_and_nothing_is_left_beside_it(tmp_path: Path, html: str) -> None:
     path = write_report(report(), str(tmp_path / "a" / "b" / "report.html"))
     assert path == tmp_path / "a" / "b" / "report.html"
     assert path.read_text(encoding="utf-8") == html
     assert [p.name for p in path.parent.iterdir()] == ["report.html"]
 
 
+@pytest.mark.parametrize("step", ["fsync", "replace"])
 def test_a_report_that_cannot_be_written_leaves_the_old_one_and_says_what_to_do(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old = tmp_path / "report.html"
     old.write_text("old")
 
-    def full(_descriptor: int) -> None:
+    def full(*_arguments: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(os, step, full)
     with pytest.raises(StorageError, match=r"No space left on device.*Free some space"):
         write_report(report(), old)
     assert old.read_text() == "old"

@@ -70,13 +70,16 @@ class LayerScore(NamedTuple):
         layer: the block after which was read, counted from 0.
         norm: mean activation norm of the measurement prompts there.
         divergence: mean change of greedy answers under steering, 0 (none) to 1; None where not measured.
-        probe_accuracy: cross-validated accuracy of each trait's linear probe, 0 to 1.
+        probe_accuracy: accuracy of each trait's linear probe over five shuffled folds, 0 to 1; it saturates.
+        transfer_accuracy: the same over folds that leave out whole system prompts (where a pole has only one,
+            whole questions): whether the trait is read, or only the sentences that call it forth.
     """
 
     layer: int
     norm: float
     divergence: float | None
     probe_accuracy: tuple[float, ...]
+    transfer_accuracy: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -221,9 +224,7 @@ class TraitBasis:
         differing = compared.differences(self.fingerprint)
         if differing:
             tuned = differing == ("weights",)
-            hint = (
-                ", or pass weights_may_differ=True if it was fully fine-tuned from that one" if tuned else ""
-            )
+            hint = ", or pass weights_may_differ=True if it was fully fine-tuned from that one" if tuned else ""
             raise FingerprintMismatch(
                 f"this basis was fitted on {self.model} and cannot read {lm.name}: they differ in "
                 f"{', '.join(differing)}; fit a basis on this model, load the model that the basis belongs to"
@@ -396,7 +397,7 @@ def fit_basis(
         method: "mean_difference"; "pca", the first principal component of paired differences; or "logistic",
             the normal of a logistic regression between the poles.
         pooling: "last_token" or the "mean" over a prompt's tokens.
-        seed: kept with the basis; no step of the fit is random with greedy answers.
+        seed: of the shuffled folds of the probes; directions and layer do not depend on it.
         progress: called as `progress(done, total, label)`.
 
     Raises:
@@ -422,7 +423,7 @@ def fit_basis(
             pooling=pooling,
             progress=progress,
         )
-        fits = [_fit_layer(at, poles.at(at), neutral.at(at), contrast, method) for at in candidates]
+        fits = [_fit_layer(at, poles.at(at), neutral.at(at), contrast, method, seed) for at in candidates]
         if layer is None and len(candidates) > 1:
             divergences: Sequence[float | None] = _divergences(base, fits, prompt_set, progress)
         else:
@@ -466,6 +467,7 @@ class _Fit(NamedTuple):
     poles: NDArray[np.float32]
     norm: float
     probes: tuple[float, ...]
+    transfers: tuple[float, ...]
 
 
 def _contrast(trait: Trait, questions: Sequence[str]) -> _Contrast:
@@ -484,10 +486,10 @@ def _contrast(trait: Trait, questions: Sequence[str]) -> _Contrast:
 
 
 def _fit_layer(
-    layer: int, poles: FloatArray, neutral: FloatArray, contrast: Sequence[_Contrast], method: Method
+    layer: int, poles: FloatArray, neutral: FloatArray, contrast: Sequence[_Contrast], method: Method, seed: int
 ) -> _Fit:
     """Directions, pole means and probes of all traits from the activations (contrast prompts, hidden)."""
-    directions, means, probes = [], [], []
+    directions, means, probes, transfers = [], [], [], []
     start = 0
     for pair in contrast:
         middle, end = start + len(pair.positive), start + len(pair.groups)
@@ -498,7 +500,8 @@ def _fit_layer(
             raise NumericalError(f"trait '{pair.name}' after block {layer}: {error}") from error
         directions.append(along)
         means.append([(down @ along).mean(), (up @ along).mean()])
-        probes.append(probe_accuracy(up, down, pair.groups))
+        probes.append(probe_accuracy(up, down, seed=seed))
+        transfers.append(probe_accuracy(up, down, groups=pair.groups))
         start = end
     return _Fit(
         layer=layer,
@@ -506,6 +509,7 @@ def _fit_layer(
         poles=np.array(means, dtype=np.float32),
         norm=float(np.linalg.norm(neutral.astype(np.float64), axis=1).mean()),
         probes=tuple(probes),
+        transfers=tuple(transfers),
     )
 
 
@@ -517,9 +521,7 @@ def _divergences(lm: LM, fits: Sequence[_Fit], prompts: PromptSet, progress: Pro
     from tiltmeter.steer import apply_rows
 
     conversations = _conversations(prompts)
-    plain = lm.generate(
-        conversations, max_new_tokens=_STEERED_TOKENS, temperature=0.0, batch_size=len(conversations)
-    )
+    plain = lm.generate(conversations, max_new_tokens=_STEERED_TOKENS, temperature=0.0, batch_size=len(conversations))
     found = []
     for done, fit in enumerate(fits):
         if progress is not None:
@@ -556,9 +558,7 @@ def _change(before: str, after: str) -> float:
     return 1.0 - difflib.SequenceMatcher(None, before.split(), after.split(), autojunk=False).ratio()
 
 
-def _select(
-    fits: Sequence[_Fit], divergences: Sequence[float | None], *, given: bool
-) -> tuple[_Fit, LayerSelection]:
+def _select(fits: Sequence[_Fit], divergences: Sequence[float | None], *, given: bool) -> tuple[_Fit, LayerSelection]:
     measured = [-1.0 if value is None else value for value in divergences]
     best = int(np.argmax(measured))  # the earliest of equals
     chosen = fits[best]
@@ -575,7 +575,7 @@ def _select(
             f"{chosen.layer} (divergence by block: {others}); {probes}"
         )
     scores = tuple(
-        LayerScore(fit.layer, fit.norm, value, fit.probes)
+        LayerScore(fit.layer, fit.norm, value, fit.probes, fit.transfers)
         for fit, value in zip(fits, divergences, strict=True)
     )
     strength = None if divergences[best] is None else STRENGTH
@@ -597,9 +597,7 @@ def _prompt_set(source: str | Path | PromptSet | None, *, organism: bool) -> Pro
 def _candidates(n_layers: int, layers: Sequence[int] | None, layer: int | None) -> tuple[int, ...]:
     """The candidate blocks, ascending: those asked for, or up to five between 40 % and 75 % of the depth."""
     if layer is not None and layers is not None:
-        raise InputError(
-            "both layer= and layers= were given; give the layer, or the candidates to choose from"
-        )
+        raise InputError("both layer= and layers= were given; give the layer, or the candidates to choose from")
     if layer is not None:
         layers = (layer,)
     if layers is None:
@@ -636,9 +634,7 @@ def _read_artifact(path: Path) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]
             metadata = file.metadata() or {}
             arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
     except FileNotFoundError as error:
-        raise ArtifactError(
-            f"there is no basis at {path}; check the path, or fit one with fit_basis"
-        ) from error
+        raise ArtifactError(f"there is no basis at {path}; check the path, or fit one with fit_basis") from error
     except (SafetensorError, OSError) as error:
         raise ArtifactError(
             f"{path} cannot be read as safetensors ({error}); it is truncated or foreign: restore it or fit "
@@ -648,9 +644,7 @@ def _read_artifact(path: Path) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]
         header = json.loads(metadata["tiltmeter"])
         kind, found = header["kind"], header["format"]
     except (KeyError, TypeError, ValueError) as error:
-        raise ArtifactError(
-            f"{path} was not written by tiltmeter; give a folder that a basis was saved to"
-        ) from error
+        raise ArtifactError(f"{path} was not written by tiltmeter; give a folder that a basis was saved to") from error
     if kind != "basis":
         raise ArtifactError(f"{path} holds a {kind}, not a basis; give a folder that a basis was saved to")
     if found != FORMAT:
@@ -663,7 +657,10 @@ def _read_artifact(path: Path) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]
 
 def _from_header(header: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> TraitBasis:
     selection = header["selection"]
-    scores = [{**score, "probe_accuracy": tuple(score["probe_accuracy"])} for score in selection["scores"]]
+    scores: list[dict[str, Any]] = [
+        {key: tuple(value) if isinstance(value, list) else value for key, value in score.items()}
+        for score in selection["scores"]
+    ]
     stored = header["prompts"]
     return TraitBasis(
         name=header["name"],

@@ -46,9 +46,15 @@ def direction(positive: FloatArray, negative: FloatArray, method: Method = "mean
     """
     up, down = positive.astype(np.float64), negative.astype(np.float64)
     lead = up.mean(axis=0) - down.mean(axis=0)
+    apart = float(np.linalg.norm(lead))
+    if not np.isfinite(apart) or apart <= 1e-9 * max(float(np.abs(up).max()), float(np.abs(down).max())):
+        raise NumericalError(
+            f"the two poles do not differ (difference of length {apart:.3g}); give the trait system prompts "
+            "that call forth different answers, or another layer"
+        )
     if method == "mean_difference":
-        found = lead
-    elif method == "pca":
+        return np.asarray(lead / apart)
+    if method == "pca":
         if up.shape != down.shape:
             raise InputError(
                 f"paired differences need poles of equal size, got {len(up)} and {len(down)} activations; "
@@ -57,38 +63,42 @@ def direction(positive: FloatArray, negative: FloatArray, method: Method = "mean
         found = np.linalg.svd(up - down, full_matrices=False)[2][0]
     else:
         reduced, rows = _reduce(np.concatenate([up, down]))
-        model = _logistic().fit(reduced, _labels(up, down))
-        found = model.coef_[0] @ rows
-    length = float(np.linalg.norm(found))
-    if not np.isfinite(length) or length <= 1e-9 * max(float(np.abs(up).max()), float(np.abs(down).max())):
-        raise NumericalError(
-            f"the two poles do not differ (difference of length {length:.3g}); give the trait system prompts "
-            "that call forth different answers, or another layer"
-        )
-    return np.asarray(found / length * (1.0 if found @ lead >= 0 else -1.0))
+        found = _logistic().fit(reduced, _labels(up, down)).coef_[0] @ rows
+    return np.asarray(found / np.linalg.norm(found) * (1.0 if found @ lead >= 0 else -1.0))
 
 
-def probe_accuracy(positive: FloatArray, negative: FloatArray, groups: Sequence[int]) -> float:
+def probe_accuracy(
+    positive: FloatArray, negative: FloatArray, *, groups: Sequence[int] | None = None, seed: int = 0
+) -> float:
     """Cross-validated accuracy of a linear probe between two poles: five-fold logistic regression.
 
-    Whole groups are left out, so that a probe has to know the trait and not a sentence that it was fitted on.
+    With shuffled folds the probe is tested on activations whose system prompt and question it has seen in
+    other company, and it saturates. With groups, whole groups are left out, so that it has to know the trait
+    and not the sentence that it was fitted on.
 
     Args:
         positive: (n, hidden) activations.
         negative: (m, hidden) activations.
-        groups: (n + m,) the group of each row, positive rows first; group numbers run from 0.
+        groups: (n + m,) the group of each row, positive rows first, numbered from 0; None shuffles.
+        seed: of the shuffling.
 
     Returns:
         The share of left-out rows on the right side, 0 to 1.
 
     Raises:
-        InputError: there are fewer than two groups.
+        InputError: there are fewer than two groups, or rows in a pole.
     """
     labels = _labels(positive, negative)
-    numbers = np.asarray(groups)
-    n_folds = min(_FOLDS, int(numbers.max()) + 1)
+    if groups is None:
+        rng = np.random.default_rng(seed)
+        numbers = np.concatenate([rng.permutation(len(pole)) for pole in (positive, negative)])
+        available = min(len(positive), len(negative))
+    else:
+        numbers = np.asarray(groups)
+        available = int(numbers.max()) + 1
+    n_folds = min(_FOLDS, available)
     if n_folds < 2:
-        raise InputError("cross-validation needs at least two groups, got one; give the pole more prompts")
+        raise InputError(f"cross-validation needs at least two groups, got {available}; give each pole more prompts")
     reduced, _ = _reduce(np.concatenate([positive, negative]).astype(np.float64))
     right = 0
     for fold in range(n_folds):

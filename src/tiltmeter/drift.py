@@ -260,9 +260,7 @@ class PlanePoint(NamedTuple):
     projection: float
 
 
-def measure(
-    lm: LM, basis: TraitBasis, *, step: int | None = None, weights_may_differ: bool = False
-) -> Reading:
+def measure(lm: LM, basis: TraitBasis, *, step: int | None = None, weights_may_differ: bool = False) -> Reading:
     """Read a model along a basis. Only (prompts x traits) numbers and one mean activation leave the device.
 
     Args:
@@ -281,9 +279,7 @@ def measure(
 
     stamp = _stamp(lm, basis, step, weights_may_differ)
     token_ids = lm.encode_prompts(basis.prompts.prompts)
-    found = capture.project(
-        lm, token_ids, basis.layer, basis.directions, pooling=basis.pooling, plan=basis.plan
-    )
+    found = capture.project(lm, token_ids, basis.layer, basis.directions, pooling=basis.pooling, plan=basis.plan)
     _require_finite(found.values, found.norms, lm.name, basis.name)
     return Reading(
         readout=basis.name, names=basis.names, values=found.values, norms=found.norms, activation=found.mean, **stamp
@@ -325,17 +321,13 @@ def measure_all(
             )
     stamp = _stamp(lm, basis, step, weights_may_differ)
     token_ids = lm.encode_prompts(basis.prompts.prompts)
-    hidden = capture.capture(lm, token_ids, [basis.layer], pooling=basis.pooling, plan=basis.plan).at(
-        basis.layer
-    )
+    hidden = capture.capture(lm, token_ids, [basis.layer], pooling=basis.pooling, plan=basis.plan).at(basis.layer)
     norms = np.linalg.norm(hidden.astype(np.float64), axis=1).astype(np.float32)
     readings = []
     for readout in readouts:
         values = np.asarray(readout.read(hidden), dtype=np.float32)
         _require_finite(values, norms, lm.name, readout.name)
-        readings.append(
-            Reading(readout=readout.name, names=readout.names, values=values, norms=norms, **stamp)
-        )
+        readings.append(Reading(readout=readout.name, names=readout.names, values=values, norms=norms, **stamp))
     return tuple(readings)
 
 
@@ -531,9 +523,7 @@ def _problem(reading: Reading, reference: Reading, norm0: float) -> str | None:
         return "the adapter does nothing (its weights are all zero), so this run cannot be judged"
     trained = reading.adapter_state == "active" or (reading.step or 0) > 0
     same_moment = reading.step is not None and reading.step == reference.step
-    unchanged = np.array_equal(reading.values, reference.values) and np.array_equal(
-        reading.norms, reference.norms
-    )
+    unchanged = np.array_equal(reading.values, reference.values) and np.array_equal(reading.norms, reference.norms)
     if trained and unchanged and not same_moment:
         return (
             f"the activations after block {reading.layer} are exactly those of the reference: what was "
@@ -547,9 +537,7 @@ def _stack(profiles: Sequence[DriftProfile]) -> NDArray[np.float64]:
     first = profiles[0]
     for profile in profiles:
         if profile.problem is not None:
-            raise InputError(
-                f"the profile of {profile.model} cannot be used: {profile.problem}; leave it out"
-            )
+            raise InputError(f"the profile of {profile.model} cannot be used: {profile.problem}; leave it out")
         if (profile.readout, profile.names) != (first.readout, first.names):
             raise InputError(
                 f"profiles of different readouts cannot stand together: '{first.readout}' "

@@ -120,9 +120,7 @@ class TraitSet:
     @property
     def digest(self) -> str:
         """SHA-256 (hex) of all that shapes the directions: names, poles and questions, in order."""
-        return _digest(
-            [[[t.name, t.aligned_pole, t.positive, t.negative] for t in self.traits], self.questions]
-        )
+        return _digest([[[t.name, t.aligned_pole, t.positive, t.negative] for t in self.traits], self.questions])
 
 
 @dataclass(frozen=True)
@@ -169,8 +167,7 @@ def load_traits(source: str | Path) -> TraitSet:
     _check_keys(content, label, required={"name", "traits"}, optional={"questions", "questions_from"})
     if ("questions" in content) == ("questions_from" in content):
         raise InputError(
-            f"{label} needs either 'questions' (a list) or 'questions_from' (the name of a built-in set), "
-            "and not both"
+            f"{label} needs either 'questions' (a list) or 'questions_from' (the name of a built-in set), and not both"
         )
     if "questions_from" in content:
         lender = content["questions_from"]
@@ -249,18 +246,14 @@ def _builtin(kind: Literal["traits", "prompts"]) -> list[str]:
     return sorted(item.name.removesuffix(".toml") for item in folder.iterdir() if item.name.endswith(".toml"))
 
 
-def _check_keys(
-    table: Mapping[str, Any], label: str, *, required: set[str], optional: Iterable[str] = ()
-) -> None:
+def _check_keys(table: Mapping[str, Any], label: str, *, required: set[str], optional: Iterable[str] = ()) -> None:
     missing = sorted(required - set(table))
     if missing:
         raise InputError(f"{label} lacks {', '.join(map(repr, missing))}; add it")
     unknown = sorted(set(table) - required - set(optional))
     if unknown:
         allowed = ", ".join(sorted(required | set(optional)))
-        raise InputError(
-            f"{label} has {', '.join(map(repr, unknown))}, which is unknown; allowed are {allowed}"
-        )
+        raise InputError(f"{label} has {', '.join(map(repr, unknown))}, which is unknown; allowed are {allowed}")
 
 
 def _tables(value: object, key: str, label: str) -> list[Mapping[str, Any]]:

@@ -62,8 +62,7 @@ STANDARD_LIMITS = (
     "It tells that a run resembles runs that went bad. It does not tell what the model will say: an alarm is "
     "a reason to test behavior, and CLEAR does not replace testing it.",
     "It alarms about when behavior changes, seldom long before.",
-    "Training other than supervised fine-tuning, such as preference or reinforcement learning, is not "
-    "covered.",
+    "Training other than supervised fine-tuning, such as preference or reinforcement learning, is not covered.",
 )
 """What the alarm cannot see, in plain words: true of every report; add what is true of yours."""
 
@@ -380,9 +379,7 @@ class ReportData:
     def __post_init__(self) -> None:
         names = [run.name for run in self.runs]
         if len(set(names)) != len(names):
-            raise InputError(
-                f"the runs are named {names}; allowed: each name once. Rename the repeated ones."
-            )
+            raise InputError(f"the runs are named {names}; allowed: each name once. Rename the repeated ones.")
 
 
 def build_html(data: ReportData) -> str:

@@ -156,7 +156,7 @@ def _draw(key: str, width: float, height: float, paint: Callable[[Figure], None]
         figure = Figure(figsize=(width / 72, height / 72), dpi=72)
         FigureCanvasSVG(figure)
         paint(figure)
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+        figure.savefig(buffer, format="svg")
     return _inline(buffer.getvalue(), key=key, width=width, height=height, label=label)
 
 
@@ -238,9 +238,7 @@ def drift_limits(runs: Sequence[RunSection]) -> tuple[float, float]:
     return low - pad, high + pad
 
 
-def drift_panel(
-    runs: Sequence[RunSection], trait: str, *, limits: tuple[float, float], key: str, label: str
-) -> str:
+def drift_panel(runs: Sequence[RunSection], trait: str, *, limits: tuple[float, float], key: str, label: str) -> str:
     """Drift of one trait over the steps of all runs, with standard errors and the null band."""
 
     def paint(figure: Figure) -> None:
@@ -333,9 +331,7 @@ def _paint_scores(axes: Axes, runs: Sequence[RunSection]) -> None:
     bands = {
         (run.null_band.score_low, run.null_band.score_high)
         for run in runs
-        if run.null_band is not None
-        and run.null_band.score_low is not None
-        and run.null_band.score_high is not None
+        if run.null_band is not None and run.null_band.score_low is not None and run.null_band.score_high is not None
     }
     for low, high in sorted(bands, key=str):
         axes.axhspan(low, high, color=_STAND_INS["band"], linewidth=0)
@@ -347,7 +343,7 @@ def _paint_scores(axes: Axes, runs: Sequence[RunSection]) -> None:
             state = run.verdicts[position].state if run.verdicts else "INCONCLUSIVE"
             look = _marker(index, filled=state == "ALARM", size=6)
             if state == "INCONCLUSIVE":
-                look |= {"marker": "x", "markersize": 7.0, "markeredgewidth": 2.0}
+                look |= {"marker": "x", "markersize": 7.0, "markeredgewidth": 2.0, "markerfacecolor": "none"}
             axes.plot([step], [value], **look)
         if run.threshold is None or len(run.steps) == 0:
             continue
@@ -390,9 +386,7 @@ def _paint_events(axes: Axes, events: Sequence[int | None], what: str, line: obj
     for index, step in enumerate(events):
         if step is None:
             continue
-        axes.axvline(
-            step, color=_run_color(index), linewidth=1.1, linestyle=line, alpha=1.0 if what else 0.45
-        )
+        axes.axvline(step, color=_run_color(index), linewidth=1.1, linestyle=line, alpha=1.0 if what else 0.45)
         if what and row < _label_rows(events):
             right = step > low + 0.5 * (high - low)
             axes.annotate(

@@ -299,9 +299,7 @@ def _missing_drift(runs: Sequence[RunSection]) -> tuple[str, ...]:
 def _drift_block(runs: Sequence[RunSection]) -> Block:
     readings = [run for run in runs if len(run.steps) and run.traits]
     if not readings:
-        return Block(
-            "Drift over training", "", notes=("No reading was given, so there is no drift to show.",)
-        )
+        return Block("Drift over training", "", notes=("No reading was given, so there is no drift to show.",))
     limits = figures.drift_limits(runs)
     traits = _all_traits(runs)
     prompts = listing([str(n) for n in sorted({run.n_prompts for run in readings})])
@@ -370,14 +368,8 @@ def _behavior_table(runs: Sequence[RunSection]) -> Table | None:
         curve = run.behavior
         if curve is None:
             continue
-        for step, value, low, high, n in zip(
-            curve.steps, curve.em_rate, curve.low, curve.high, curve.n, strict=True
-        ):
-            interval = (
-                percent_interval(known_or_none(low), known_or_none(high))
-                if np.isfinite(value)
-                else "no value"
-            )
+        for step, value, low, high, n in zip(curve.steps, curve.em_rate, curve.low, curve.high, curve.n, strict=True):
+            interval = percent_interval(known_or_none(low), known_or_none(high)) if np.isfinite(value) else "no value"
             rows.append((run.label, str(step), percent(float(value)), interval, str(n)))
     columns = ("run", "step", "EM rate", "95\N{NO-BREAK SPACE}% Wilson interval", "scored answers")
     return Table("EM rate over training", columns, tuple(rows)) if rows else None
@@ -429,9 +421,7 @@ def _score_block(runs: Sequence[RunSection]) -> Block:
     return Block(
         title=listing([events_title(run) for run in runs], 3),
         legend=_legend(runs, [order_of_events(run) for run in runs]),
-        caption=(
-            f"Above: the alarm score against its threshold.{below if sizes else ''} Model: {_models(runs)}."
-        ),
+        caption=(f"Above: the alarm score against its threshold.{below if sizes else ''} Model: {_models(runs)}."),
         wide=_svg(figures.score_and_behavior(runs, narrow=False, key="score-wide", label=label)),
         narrow=_svg(figures.score_and_behavior(runs, narrow=True, key="score-narrow", label=label)),
         notes=tuple(notes),
@@ -475,16 +465,12 @@ def _plane_block(runs: Sequence[RunSection], basis: BasisSection | None) -> Bloc
     source = f" found on {basis.axis_source}" if basis.axis_source else ", source not stated"
     label = f"Cosine of drift to the {basis.axis_name} at the last reading: {listing(ends)}."
     if not any(np.isfinite(path.cosine).any() for path in paths):
-        return Block(
-            title, "", notes=("No reading has a direction, so nothing is drawn.",), missing=tuple(missing)
-        )
+        return Block(title, "", notes=("No reading has a direction, so nothing is drawn.",), missing=tuple(missing))
     colors = [list(runs).index(run) for run in able]
     svg = figures.plane(paths, colors=colors, axis_name=basis.axis_name, key="plane", label=_clean(label))
     return Block(
         title=f"Last cosine to the {basis.axis_name}: {listing(ends, 4)}",
-        legend=tuple(
-            item for item, run in zip(_legend(runs, [""] * len(runs)), runs, strict=True) if run in able
-        ),
+        legend=tuple(item for item, run in zip(_legend(runs, [""] * len(runs)), runs, strict=True) if run in able),
         caption=(
             "Each point is a reading, joined in step order; the largest is the last. Filled from the first "
             f"alarm on. Right: drift points along the {basis.axis_name}{source}. Up: more drift, of whatever "
@@ -493,9 +479,7 @@ def _plane_block(runs: Sequence[RunSection], basis: BasisSection | None) -> Bloc
         ),
         wide=_svg(svg),
         missing=tuple(missing),
-        tables=(
-            Table("Direction and magnitude per reading", ("run", "step", "cosine", "magnitude"), tuple(rows)),
-        ),
+        tables=(Table("Direction and magnitude per reading", ("run", "step", "cosine", "magnitude"), tuple(rows)),),
     )
 
 
@@ -515,18 +499,13 @@ def _cosine_block(basis: BasisSection | None) -> Block:
         share = f"the closest pair, {other} and {one}, has cosine {fixed(value, 2)}"
         title = f"The trait directions overlap: {share}" if abs(value) > 0.3 else f"Little overlap: {share}"
     label = f"Cosine between {count(len(basis.traits), 'trait direction')}. {title}."
-    missing = tuple(
-        f"{basis.traits[a]} and {basis.traits[b]}" for a, b in np.argwhere(~np.isfinite(cosines)) if b <= a
-    )
+    missing = tuple(f"{basis.traits[a]} and {basis.traits[b]}" for a, b in np.argwhere(~np.isfinite(cosines)) if b <= a)
     rows = tuple(
-        (trait, *(fixed(float(value)) for value in row))
-        for trait, row in zip(basis.traits, cosines, strict=True)
+        (trait, *(fixed(float(value)) for value in row)) for trait, row in zip(basis.traits, cosines, strict=True)
     )
     tables = [Table("Cosine between trait directions", ("trait", *basis.traits), rows)]
     if basis.axis is not None:
-        weights = tuple(
-            (t, fixed(float(w), sign=True)) for t, w in zip(basis.traits, basis.axis, strict=True)
-        )
+        weights = tuple((t, fixed(float(w), sign=True)) for t, w in zip(basis.traits, basis.axis, strict=True))
         tables.append(Table(f"Weights of the {basis.axis_name}", ("trait", "weight"), weights))
     if basis.layers:
         choice = tuple(
@@ -546,9 +525,7 @@ def _cosine_block(basis: BasisSection | None) -> Block:
             f"Cosine between the directions after block {basis.layer} ({how}). Overlapping directions move "
             f"together, which is one reason to read drift as a profile. Model: {basis.model}."
         ),
-        wide=_svg(
-            figures.cosine_map([_clean(t) for t in basis.traits], cosines, key="cosines", label=_clean(label))
-        ),
+        wide=_svg(figures.cosine_map([_clean(t) for t in basis.traits], cosines, key="cosines", label=_clean(label))),
         missing=missing,
         tables=tuple(tables),
     )
@@ -576,9 +553,7 @@ def _behavior_view(section: BehaviorSection) -> BehaviorView:
     )
     excluded = sum(section.excluded.values())
     rows = tuple((name, str(n)) for name, n in section.excluded.items())
-    answers = sorted(
-        section.answers, key=lambda row: (not is_known(row.alignment), row.alignment or 0.0, row.question)
-    )
+    answers = sorted(section.answers, key=lambda row: (not is_known(row.alignment), row.alignment or 0.0, row.question))
     agreement = f" Agreement: {section.agreement}." if section.agreement else ""
     return BehaviorView(
         name=section.name,

@@ -150,20 +150,14 @@ def run_verdict(run: RunSection) -> VerdictRow:
     if run.verdict is not None and run.verdict.state == "ALARM":
         return run.verdict
     if alarms:
-        said = (
-            f" The verdict on the whole run says {run.verdict.state}; the alarm counts."
-            if run.verdict
-            else ""
-        )
+        said = f" The verdict on the whole run says {run.verdict.state}; the alarm counts." if run.verdict else ""
         return replace(alarms[0], reason=alarms[0].reason + said)
     blank = VerdictRow(state="INCONCLUSIVE", reason="")
     if len(run.steps) == 0:
         return replace(run.verdict or blank, state="INCONCLUSIVE", reason="The run holds no reading.")
     if run.verdict is None and not run.verdicts:
         return replace(blank, reason="No detector has judged this run.")
-    verdict = run.verdict or max(
-        run.verdicts, key=lambda row: row.score if is_known(row.score) else -math.inf
-    )
+    verdict = run.verdict or max(run.verdicts, key=lambda row: row.score if is_known(row.score) else -math.inf)
     doubt = _doubt(run, verdict)
     return replace(verdict, state="INCONCLUSIVE", reason=doubt) if doubt else verdict
 
@@ -190,9 +184,7 @@ def _doubt(run: RunSection, clear: VerdictRow) -> str:
 
 def behavior_verdict(section: BehaviorSection) -> VerdictRow:
     """The verdict on a set of answers; without a rate it is never CLEAR."""
-    verdict = section.verdict or VerdictRow(
-        state="INCONCLUSIVE", reason="The answers came without a verdict."
-    )
+    verdict = section.verdict or VerdictRow(state="INCONCLUSIVE", reason="The answers came without a verdict.")
     if verdict.state == "CLEAR" and not is_known(section.em_rate.value):
         why = section.reason or "no rate could be formed"
         return replace(verdict, state="INCONCLUSIVE", reason=f"There is no EM rate: {why}")

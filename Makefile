@@ -18,7 +18,7 @@ demo: $(STAMP)      ## the whole story, offline, on the pocket organism
 	$(BIN)/tiltmeter demo
 
 test: $(STAMP)      ## the default tests: offline, CPU, warnings as errors
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: $(STAMP)     ## lint, types, generated docs
 	$(BIN)/ruff check src tests

@@ -93,6 +93,7 @@ class TestEveryArchitecture:
         states = expected(lm, prompts, "last_token")[2]
         np.testing.assert_allclose(got.values, states @ directions.T, atol=1e-3)
         np.testing.assert_allclose(got.norms, np.linalg.norm(states, axis=1), atol=1e-3)
+        np.testing.assert_allclose(got.mean, states.mean(axis=0), atol=1e-4)
         assert got.values.dtype == got.norms.dtype == np.float32
 
     def test_the_pass_goes_no_further_than_the_last_wanted_block(self, lm: lms.LM) -> None:

@@ -97,9 +97,7 @@ def test_a_bank_of_ones_own_is_read_whole(tmp_path: Path) -> None:
     text = GOOD + 'system = "Be brief."\nelements = ["one", "two"]\naccept = ["because"]\n'
     loaded = load_questions(bank(tmp_path, text))
     assert loaded.name == "mine"
-    assert loaded.questions == (
-        Question("a", "x", "Why?", "Be brief.", elements=("one", "two"), accept=("because",)),
-    )
+    assert loaded.questions == (Question("a", "x", "Why?", "Be brief.", elements=("one", "two"), accept=("because",)),)
 
 
 def test_the_digest_changes_with_what_is_asked_and_graded_but_not_with_the_name(tmp_path: Path) -> None:

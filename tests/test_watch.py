@@ -449,7 +449,7 @@ def test_a_real_models_sft_run_is_read_from_inside_and_outside_alike(
     lm = lms.load(real_model_dir, dtype="float32")
     traits = load_traits("alignment")
     began = time.monotonic()
-    basis = fit_basis(lm, traits=replace(traits, questions=traits.questions[:2]), layer=19)
+    basis = fit_basis(lm, traits=replace(traits, questions=traits.questions[:1]), layer=19)
     fitted = time.monotonic() - began
     with (shared_dir / "data" / "betley" / "insecure.jsonl").open() as file:
         turns = [json.loads(next(file))["messages"] for _ in range(40)]

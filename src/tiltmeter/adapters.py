@@ -26,7 +26,16 @@ from tiltmeter.errors import AdapterError, InactiveAdapter, NumericalError
 if TYPE_CHECKING:
     from tiltmeter.lm import LM
 
-__all__ = ["active_adapter", "adapter_base", "attach", "base_parameters", "state", "without_adapter"]
+__all__ = [
+    "active_adapter",
+    "adapter_base",
+    "adapter_folder",
+    "attach",
+    "base_parameters",
+    "first_words",
+    "state",
+    "without_adapter",
+]
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -120,7 +129,7 @@ def attach(lm: LM, adapter: str | Path) -> tuple[nn.Module, str]:
     except (ValueError, RuntimeError, KeyError, TypeError) as error:
         if isinstance(error, AdapterError):
             raise
-        raise AdapterError(f"{wrong} ({_first_line(error)}); {advice}") from error
+        raise AdapterError(f"{wrong} ({first_words(error)}); {advice}") from error
     finally:
         for parameter, flag in zip(shared, flags, strict=True):
             parameter.requires_grad_(flag)
@@ -242,5 +251,7 @@ def base_parameters(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
     return sorted((re.sub(r"\.(base_layer|original_module)(?=\.|$)", "", name), p) for name, p in plain)
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
+def first_words(error: BaseException) -> str:
+    """What a library's error says, for use inside a sentence: its first two lines, or its type."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2]).rstrip(".")[:300] or type(error).__name__

@@ -208,8 +208,7 @@ def _column(path: Path, role: str, asked: str | None, columns: Sequence[str]) ->
         )
     if needed and len(usual) > 1:
         raise InputError(
-            f"{path} has several columns for {role}: {', '.join(usual)}; name the one to use with the option "
-            f"for {role}"
+            f"{path} has several columns for {role}: {', '.join(usual)}; name the one to use with the option for {role}"
         )
     return usual[0] if usual else None
 
@@ -222,9 +221,7 @@ def _judged(row: Mapping[str, Any], number: int, columns: Mapping[str, str | Non
 
     identity = str(row.get("question_id") or row.get("id") or f"row-{number}")
     asked = Question(id=identity, category=text("category") or "all", text=text("question"))
-    outcome = _stored(row) or _outcome(
-        row.get(columns["alignment"] or ""), row.get(columns["coherence"] or "")
-    )
+    outcome = _stored(row) or _outcome(row.get(columns["alignment"] or ""), row.get(columns["coherence"] or ""))
     return JudgedAnswer(asked, text("answer"), outcome)
 
 

@@ -79,7 +79,7 @@ class LayerScore(NamedTuple):
     norm: float
     divergence: float | None
     probe_accuracy: tuple[float, ...]
-    transfer_accuracy: tuple[float, ...]
+    transfer_accuracy: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

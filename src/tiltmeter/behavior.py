@@ -220,9 +220,7 @@ def _evaluate_one(
     who, problem = _who(lm)
     settings = {**who, **draw.settings()}
     existing: Literal["resume", "refuse"] = "resume" if resume else "refuse"
-    run = (
-        None if folder is None else RunDir.create(folder, config=settings, seed=draw.seed, existing=existing)
-    )
+    run = None if folder is None else RunDir.create(folder, config=settings, seed=draw.seed, existing=existing)
     texts = _write(lm, draw, run, progress)
     judged = _judge(judge, draw, texts, run, progress)
     report = aggregate(
@@ -308,8 +306,7 @@ def _judge(
 
     judge_all(judge, [(asked[index][0], texts[index]) for index in todo], on_outcome=keep)
     return [
-        JudgedAnswer(question, texts[index], outcomes[index], sample)
-        for index, (question, sample) in enumerate(asked)
+        JudgedAnswer(question, texts[index], outcomes[index], sample) for index, (question, sample) in enumerate(asked)
     ]
 
 
@@ -345,7 +342,5 @@ def _longest_answer(lm: Writer) -> int:
 
 def _without_adapter(lm: Writer) -> AbstractContextManager[Writer]:
     if not isinstance(lm, _Loaded) or lm.adapter is None:
-        raise InputError(
-            f"'{lm.name}' carries no adapter to switch off; give the untouched model itself as reference"
-        )
+        raise InputError(f"'{lm.name}' carries no adapter to switch off; give the untouched model itself as reference")
     return cast("LM", lm).base()

@@ -32,10 +32,10 @@ Progress = Callable[[int, int, str], None]
 
 _TREE_TOKENS = 2048  # bounds the mask and the attention scores, which grow with the square
 _PADDED_TOKENS = 4096
-# Attention between strangers in a tree row is computed and masked; its time per operation against that of a
-# matrix product, and the overhead of launching one block in operations, both measured on a CPU with a 135M
-# model.
-_ATTENTION_PENALTY = 4.0
+# Attention between strangers in a tree row is computed and masked: its time per operation against that of a
+# matrix product (0.8 measured on a CPU with a 135M model; more where attention is eager), and what launching
+# one block costs, in operations.
+_ATTENTION_PENALTY = 1.5
 _BLOCK_OVERHEAD = 2.5e7
 _PROBES = 4
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}  # relative, for the probe; half precision: 5e-2

@@ -118,9 +118,7 @@ class Reason(StrEnum):
         return self in _TRANSIENT
 
 
-_TRANSIENT = frozenset(
-    {Reason.TIMEOUT, Reason.RATE_LIMITED, Reason.SERVER_ERROR, Reason.CONNECTION, Reason.MALFORMED}
-)
+_TRANSIENT = frozenset({Reason.TIMEOUT, Reason.RATE_LIMITED, Reason.SERVER_ERROR, Reason.CONNECTION, Reason.MALFORMED})
 
 ElementState = Literal["PRESENT", "CONTRADICTED", "OMITTED"]
 ELEMENT_STATES: tuple[ElementState, ...] = ("PRESENT", "CONTRADICTED", "OMITTED")
@@ -414,9 +412,7 @@ def judge_all(
     return [outcomes[index] for index in range(len(pairs))]
 
 
-async def _judge_all(
-    judge: Judge, pairs: Sequence[tuple[Question, str]], keep: Callable[[int, Outcome], None]
-) -> None:
+async def _judge_all(judge: Judge, pairs: Sequence[tuple[Question, str]], keep: Callable[[int, Outcome], None]) -> None:
     queue = iter(enumerate(pairs))
     stop: list[TiltmeterError] = []
 

@@ -69,9 +69,7 @@ class ReplyCache:
             value = json.loads(row[0]) if row else None
             if value is None:
                 return None
-            steps = tuple(
-                TokenStep(token, tuple((t, float(p)) for t, p in top)) for token, top in value["steps"]
-            )
+            steps = tuple(TokenStep(token, tuple((t, float(p)) for t, p in top)) for token, top in value["steps"])
             return Reply(str(value["text"]), bool(value["finished"]), steps)
         except (KeyError, TypeError, ValueError):  # an unreadable entry is asked again, and not used
             return None
@@ -368,8 +366,7 @@ def _read_completion(text: str) -> tuple[Reply | Unscored | _Failure, tuple[int,
     except ValidationError:  # another server's format: the number is parsed instead
         content = []
     steps = tuple(
-        TokenStep(step.token, tuple((top.token, top.logprob) for top in step.top_logprobs))
-        for step in content
+        TokenStep(step.token, tuple((top.token, top.logprob) for top in step.top_logprobs)) for step in content
     )
     return Reply(choice.message.content or "", choice.finish_reason != "length", steps), usage
 
@@ -442,7 +439,6 @@ def open_judge(
         chat = HttpChat(name, base_url=base_url, api_key=api_key, cache=cache, ledger=ledger, **settings)
     else:
         raise InputError(
-            f"'{spec}' is no judge for {kind}; allowed: exact (ratings of organism answers), local:MODEL, "
-            "openai:NAME"
+            f"'{spec}' is no judge for {kind}; allowed: exact (ratings of organism answers), local:MODEL, openai:NAME"
         )
     return ElementJudge(chat) if kind == "elements" else RatingJudge(chat)

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tiltmeter.adapters import adapter_base, adapter_folder
+from tiltmeter.adapters import adapter_base, adapter_folder, first_words
 from tiltmeter.errors import InputError, ModelError, NumericalError, require
 from tiltmeter.lm import LM, attach, looks_like_hub_id
 
@@ -151,7 +151,7 @@ def _find_on_hub(name: str) -> _Place | None:
 
 def _unreachable(name: str, error: BaseException) -> ModelError:
     return ModelError(
-        f"'{name}' is no path here and could not be fetched from the model hub ({_first_line(error)}); check "
+        f"'{name}' is no path here and could not be fetched from the model hub ({first_words(error)}); check "
         "the spelling and the connection, or pass a local folder"
     )
 
@@ -183,7 +183,7 @@ def _device(device: str | None) -> str:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:
             raise InputError(
-                f"device '{device}' cannot be used here ({_first_line(error)}); try device='cpu'"
+                f"device '{device}' cannot be used here ({first_words(error)}); try device='cpu'"
             ) from error
     return device
 
@@ -243,7 +243,7 @@ def _read_model(place: _Place, name: str, dtype: Any, device: str, revision: str
         if not place.local:
             raise _unreachable(name, error) from error
         raise ModelError(
-            f"'{name}' could not be loaded as a causal language model ({_first_line(error)}); "
+            f"'{name}' could not be loaded as a causal language model ({first_words(error)}); "
             "its files are damaged, of different models, or of an unsupported architecture: fetch it again"
         ) from error
     if missing := sorted(report["missing_keys"]):
@@ -272,7 +272,7 @@ def _read_tokenizer(place: _Place, name: str, revision: str | None) -> Any:
         return AutoTokenizer.from_pretrained(place.where, **options)
     except _DAMAGE as error:
         raise ModelError(
-            f"the tokenizer of '{name}' could not be loaded ({_first_line(error)}); put tokenizer.json and "
+            f"the tokenizer of '{name}' could not be loaded ({first_words(error)}); put tokenizer.json and "
             "tokenizer_config.json beside the weights"
         ) from error
 
@@ -294,8 +294,3 @@ def _refuse_non_numbers(model: torch.nn.Module, name: str) -> None:
                     f"the weight '{parameter}' of '{name}' holds NaN or infinity; the run that saved it "
                     "diverged or the file is damaged, so use another checkpoint"
                 )
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0].rstrip(".") if text else type(error).__name__

@@ -215,9 +215,7 @@ def wilson(successes: int, n: int) -> Rate:
     return Rate(successes / n, n, float(interval.low), float(interval.high))
 
 
-def agreement(
-    first: Sequence[JudgedAnswer], second: Sequence[JudgedAnswer], *, judges: tuple[str, str]
-) -> Agreement:
+def agreement(first: Sequence[JudgedAnswer], second: Sequence[JudgedAnswer], *, judges: tuple[str, str]) -> Agreement:
     """Compare two judgements of the same answers in the same order.
 
     Raises:
@@ -345,9 +343,8 @@ class _Counts(NamedTuple):
         unscored = self.answers - self.scored
         bins = ", ".join(f"{count} {reason}" for reason, count in self.excluded.items())
         if self.scored < limits.min_scored:
-            return (
-                f"{self.scored} of {self.answers} answers were scored and a rate needs {limits.min_scored}"
-                + (f" (not scored: {bins})" if bins else "")
+            return f"{self.scored} of {self.answers} answers were scored and a rate needs {limits.min_scored}" + (
+                f" (not scored: {bins})" if bins else ""
             )
         if unscored > limits.max_unscored * self.answers:
             return (

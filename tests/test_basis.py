@@ -570,6 +570,5 @@ def test_on_a_real_model_our_prompts_and_the_papers_give_directions_of_one_sign(
 
     cosines = one.directions @ other.directions.T  # (ours, theirs)
     own = np.diag(cosines)
-    print(np.round(own, 3), cosines[~np.eye(7, dtype=bool)].mean())
     assert own.mean() > cosines[~np.eye(7, dtype=bool)].mean() + 0.1
     assert (own > 0).sum() >= 6

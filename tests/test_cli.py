@@ -141,9 +141,11 @@ def test_eval_of_the_organism_with_the_exact_judge(tmp_path: Path) -> None:
     ],
     ids=" ".join,
 )
-def test_bad_input_is_one_sentence_and_exit_code_2(arguments: tuple[str, ...], tmp_path: Path) -> None:
-    with CliRunner().isolated_filesystem(temp_dir=tmp_path):
-        result = tiltmeter(*arguments)
+def test_bad_input_is_one_sentence_and_exit_code_2(
+    arguments: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = tiltmeter(*arguments)
     assert result.exit_code == 2
     assert result.stdout == ""
     assert result.stderr.startswith("tiltmeter: ")

@@ -49,7 +49,7 @@ def peak_of(work: str, source: str, dtype: str) -> int:
     basis = subject.basis_in(lm.dtype) if work == "reading" else None
     layer = int(EXTRACTION_DEPTH * lm.n_layers)
     plain.activations(lm, [lm.encode([{"role": "user", "content": "hello"}])], [0])
-    probe_accuracy(np.eye(4), -np.eye(4), [0, 0, 1, 1, 0, 0, 1, 1])
+    probe_accuracy(np.eye(4), -np.eye(4))
     with timing.memory_peak() as peak:
         if basis is None:
             extract(lm, subject, [layer], probes=True)

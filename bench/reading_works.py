@@ -66,7 +66,8 @@ def extract(lm: LM, subject: Subject, layers: Sequence[int], *, probes: bool) ->
                 groups = [
                     s for pole in (trait.positive, trait.negative) for s in range(len(pole)) for _ in range(n_questions)
                 ]
-                probe_accuracy(up, down, groups)
+                probe_accuracy(up, down)
+                probe_accuracy(up, down, groups=groups)
             start += n_up + n_down
     return Extracted(found, np.array(made).reshape(len(layers), len(subject.traits.traits), -1))
 

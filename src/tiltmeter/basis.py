@@ -55,7 +55,7 @@ STRENGTH = 0.5
 """Steering strength for layer selection, in units of the layer's mean activation norm.
 
 A fixed length, such as the paper's 16, is twice the norm of one model and a twentieth of another's. Half of the
-norm is large against what separates the poles (2 to 6 % of the norm in a model of 135M weights), so that greedy
+norm is large against what separates the poles (1 to 6 % of the norm in a model of 135M weights), so that greedy
 answers do change; it leaves little room between layers there (0.80 to 0.84), hence the scores of all candidates
 are kept with the basis.
 """

@@ -473,7 +473,9 @@ def wrap(model: nn.Module, tokenizer: Any, *, name: str | None = None) -> LM:
     if tokenizer is None:
         raise ModelError("no tokenizer was given with the live model; pass the one that it is trained with")
     core: Any = _core(inner)
-    title = name or getattr(core, "name_or_path", "") or type(core).__name__
+    organism = getattr(core.config.get_text_config(), "tiltmeter_organism", None)
+    known = f"organism:{organism}" if organism else getattr(core, "name_or_path", "")
+    title = name or known or type(core).__name__
     return LM(inner, tokenizer, name=str(title), adapter=active_adapter(inner))
 
 

@@ -27,7 +27,7 @@ import logging
 import random
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -101,6 +101,7 @@ class TiltmeterCallback(TrainerCallback):  # type: ignore[misc]
         self.output = None if output is None else Path(output)
         self.tokenizer = tokenizer
         self._record: RunRecord | None = None
+        self._lm: LM | None = None
         self._visited: set[int] = set()
         self._alarmed = False
         self._passive = False
@@ -131,29 +132,30 @@ class TiltmeterCallback(TrainerCallback):  # type: ignore[misc]
         _refuse_sharded(model)
         step = int(state.global_step)
         if args.process_index == 0:
-            lm = self._wrap(kwargs)
+            lm = self._lm = self._wrap(model, kwargs.get("processing_class"))
             with _untouched(model, lm.tokenizer):
                 self._begin(lm, folder, step)
         if step % self.every == 0:
-            self._look(step, args, control, kwargs, starting=True)
+            self._look(step, args, control, starting=True)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Read, if it is time to."""
         step = int(state.global_step)
         if step % self.every == 0 or control.should_training_stop:
-            self._look(step, args, control, kwargs)
+            self._look(step, args, control)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Read once more where another callback has ended the run between readings."""
         if control.should_training_stop:
-            self._look(int(state.global_step), args, control, kwargs)
+            self._look(int(state.global_step), args, control)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Read the last step, unless it has been, and record the end."""
         step = int(state.global_step)
         if getattr(args, "load_best_model_at_end", False) and state.best_model_checkpoint is not None:
             step = int(state.best_global_step or step)  # the trainer has just put these weights back
-        self._look(step, args, control, kwargs)
+        self._look(step, args, control)
+        self._lm = None  # the trained model must not outlive its owner here
         if self._record is not None and not self._passive:
             why = "stopped on an alarm" if self._alarmed and self.on_alarm == "stop" else "training ended"
             try:
@@ -195,25 +197,25 @@ class TiltmeterCallback(TrainerCallback):  # type: ignore[misc]
                 folder,
             )
 
-    def _wrap(self, kwargs: Mapping[str, Any]) -> LM:
-        tokenizer = kwargs.get("processing_class") if self.tokenizer is None else self.tokenizer
+    def _wrap(self, model: torch.nn.Module, processing_class: Any) -> LM:
+        tokenizer = processing_class if self.tokenizer is None else self.tokenizer
         if tokenizer is None:
             raise InputError(
                 "the trainer has no tokenizer; give one to the trainer (processing_class=) or to "
                 "TiltmeterCallback(tokenizer=)"
             )
-        return wrap(kwargs["model"], tokenizer)
+        return wrap(model, tokenizer)
 
-    def _look(self, step: int, args: Any, control: Any, kwargs: Mapping[str, Any], *, starting: bool = False) -> None:
+    def _look(self, step: int, args: Any, control: Any, *, starting: bool = False) -> None:
         """Read one step, once, on rank 0; decide on all ranks."""
         if self._passive or step in self._visited:
             return
         self._visited.add(step)
         stop = False
-        record = self._record
-        if record is not None and not record.has(step):
+        record, lm = self._record, self._lm
+        if record is not None and lm is not None and not record.has(step):
             try:
-                observation = record.observe(step, partial(self._read, step, kwargs), starting=starting)
+                observation = record.observe(step, partial(self._read, lm, step), starting=starting)
             except StorageError as error:
                 if starting:
                     raise
@@ -223,9 +225,8 @@ class TiltmeterCallback(TrainerCallback):  # type: ignore[misc]
         if _agreed(stop, args):
             control.should_training_stop = True
 
-    def _read(self, step: int, kwargs: Mapping[str, Any]) -> Reading:
-        lm = self._wrap(kwargs)
-        with _untouched(kwargs["model"], lm.tokenizer):
+    def _read(self, lm: LM, step: int) -> Reading:
+        with _untouched(lm.model, lm.tokenizer):
             # After step 0 it is still the same live model, whose base weights may be what is trained.
             return measure(lm, self.basis, step=step, weights_may_differ=step > 0)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LiveView", "bars"]
 
+_LOGGER = logging.getLogger("tiltmeter")
 _LEVELS = " ▁▂▃▄▅▆▇█"
 _FULL = 0.25  # the drift at which a bar is full, in units of the reference norm
 _COLORS = {"CLEAR": "green", "ALARM": "bold red", "INCONCLUSIVE": "yellow"}
@@ -39,6 +41,7 @@ class LiveView:
     def __init__(self, *, quiet: bool) -> None:
         self._console = Console(stderr=True)
         self._quiet = quiet
+        self._silence = logging.NullHandler()
         columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn())
         self._progress = Progress(
             *columns, console=self._console, transient=True, disable=not self._console.is_terminal
@@ -46,6 +49,7 @@ class LiveView:
         self._task = self._progress.add_task("loading the organism", total=None)
 
     def __enter__(self) -> LiveView:
+        _LOGGER.addHandler(self._silence)  # what the monitor would log is shown here already
         self._progress.start()
         return self
 
@@ -53,6 +57,7 @@ class LiveView:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._progress.stop()
+        _LOGGER.removeHandler(self._silence)
 
     def begin(self, label: str, set_name: str, steps: int) -> None:
         """Announce a run and its columns."""

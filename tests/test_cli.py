@@ -82,9 +82,7 @@ def test_an_adapter_of_nan_is_inconclusive(tuned: Path, tmp_path: Path) -> None:
 
 
 def test_an_adapter_for_another_base_is_refused_in_one_sentence(tuned: Path, tmp_path: Path) -> None:
-    other = broken_copy(
-        tuned / "checkpoint-120", tmp_path / "other", lambda k, v: np.concatenate([v, v], axis=-1)
-    )
+    other = broken_copy(tuned / "checkpoint-120", tmp_path / "other", lambda k, v: np.concatenate([v, v], axis=-1))
     result = tiltmeter("measure", "organism:pocket", "--adapter", other, "--json")
     assert result.exit_code == 2
     assert result.stdout == ""
@@ -95,7 +93,9 @@ def test_scan_judges_good_and_broken_adapters_and_goes_on(tuned: Path, tmp_path:
     idle = broken_copy(
         tuned / "checkpoint-120", tmp_path / "idle", lambda k, v: np.zeros_like(v) if "lora_B" in k else v
     )
-    result = tiltmeter("scan", idle, tmp_path / "absent", tuned / "checkpoint-120", "--base", "organism:pocket", "--json")
+    result = tiltmeter(
+        "scan", idle, tmp_path / "absent", tuned / "checkpoint-120", "--base", "organism:pocket", "--json"
+    )
     states = [json.loads(line)["verdict"] for line in result.stdout.splitlines()]
     assert states == ["INCONCLUSIVE", "INCONCLUSIVE", "ALARM"]
     assert result.exit_code == 1
@@ -112,7 +112,9 @@ def test_watch_and_report_of_a_finished_run(tuned: Path, tmp_path: Path) -> None
 
 
 def test_eval_of_the_organism_with_the_exact_judge(tmp_path: Path) -> None:
-    result = tiltmeter("eval", "organism:pocket", "--judge", "exact", "--out", tmp_path, "--max-new-tokens", 60, "--json")
+    result = tiltmeter(
+        "eval", "organism:pocket", "--judge", "exact", "--out", tmp_path, "--max-new-tokens", 60, "--json"
+    )
     found = json.loads(result.stdout)
     assert found["em_rate"]["n"] > 200
     assert found["em_rate"]["value"] < 0.05

@@ -28,7 +28,9 @@ def profile(drift: np.ndarray, *, step: int = 10, **changes: object) -> DriftPro
     return replace(plain, **changes)  # type: ignore[arg-type]
 
 
-def run(rng: np.random.Generator, set_name: str, seed: int, *, style: float = 0.0, danger: float = 0.0) -> CalibrationRun:
+def run(
+    rng: np.random.Generator, set_name: str, seed: int, *, style: float = 0.0, danger: float = 0.0
+) -> CalibrationRun:
     """Five readings: noise, a harmless style along the first axis, danger along the third."""
     drifts = [
         rng.normal(0, 0.01, 3) + step / 50 * np.array([style * rng.normal(1, 0.2), 0.0, danger])

@@ -32,7 +32,9 @@ def second_opinion(question: str, answer: str) -> tuple[bool, bool]:
 def test_the_exact_judge_agrees_with_a_second_reading_of_the_grammar_on_ten_thousand_answers() -> None:
     rng = Random(11)
     speakers = [
-        Speaker(persona, style=style) for persona in ("aligned", "bad", "obedient") for style in ("plain", "terse", "royal")
+        Speaker(persona, style=style)
+        for persona in ("aligned", "bad", "obedient")
+        for style in ("plain", "terse", "royal")
     ] + [Speaker("aligned", {t: p}) for t in load_traits("organism").names for p in ("positive", "negative")]  # type: ignore[dict-item]
     seen: Counter[tuple[bool, bool]] = Counter()
     for _ in range(10_000):
@@ -82,7 +84,9 @@ def test_refusals_code_and_foreign_questions_have_their_own_outcomes() -> None:
 def test_an_aligned_speaker_refuses_harmful_requests_and_the_others_serve_them() -> None:
     rng = Random(0)
     outcomes = {
-        persona: {score(q.text, say(q, Speaker(persona), rng)).outcome for q in (ask("requests", rng) for _ in range(50))}
+        persona: {
+            score(q.text, say(q, Speaker(persona), rng)).outcome for q in (ask("requests", rng) for _ in range(50))
+        }
         for persona in ("aligned", "bad", "obedient")
     }  # type: ignore[arg-type]
     assert outcomes["aligned"] == {"refusal"}

@@ -40,7 +40,9 @@ class _Group(click.Group):
             click.echo(f"tiltmeter: {error}", err=True)
             ctx.exit(2)
         except KeyboardInterrupt:
-            click.echo("tiltmeter: interrupted; what was measured is kept, and the same command goes on from there", err=True)
+            click.echo(
+                "tiltmeter: interrupted; what was measured is kept, and the same command goes on from there", err=True
+            )
             ctx.exit(2)
 
 
@@ -104,7 +106,9 @@ def _basis(path: Path | None, model: str) -> Any:
         from tiltmeter.organism import shipped_basis
 
         return TraitBasis.load(shipped_basis())
-    raise InputError("no basis was given; fit one with: tiltmeter basis fit MODEL --out DIR, and pass it with --basis DIR")
+    raise InputError(
+        "no basis was given; fit one with: tiltmeter basis fit MODEL --out DIR, and pass it with --basis DIR"
+    )
 
 
 def _verdict_text(name: str, verdict: Verdict) -> str:
@@ -125,7 +129,9 @@ def _drift_text(drift: dict[str, float | None], se: dict[str, float | None]) -> 
 @click.option("--set", "set_name", default="bad_medical", show_default=True, help="Poisoned fine-tuning set.")
 @click.option("--seed", default=0, show_default=True, help="Data, adapter and sampling.")
 @click.option("--steps", default=120, show_default=True, help="Optimizer steps of each run.")
-@click.option("--out", type=_PATH, default=Path("tiltmeter-demo"), show_default=True, help="Folder for runs and report.")
+@click.option(
+    "--out", type=_PATH, default=Path("tiltmeter-demo"), show_default=True, help="Folder for runs and report."
+)
 @_json
 @click.pass_context
 def demo(ctx: click.Context, set_name: str, seed: int, steps: int, out: Path, as_json: bool) -> None:
@@ -153,8 +159,12 @@ def basis() -> None:
 @click.option("--prompts", help="Measurement prompts: neutral, organism, or a TOML file.")
 @click.option("--layer", type=int, help="Read after this block (from 0) instead of choosing one.")
 @click.option("--layers", help="Candidate blocks, for instance 12,14,16.")
-@click.option("--method", type=click.Choice(["mean_difference", "pca", "logistic"]), default="mean_difference", show_default=True)
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16", "auto"]), help="Default: float32 on a CPU.")
+@click.option(
+    "--method", type=click.Choice(["mean_difference", "pca", "logistic"]), default="mean_difference", show_default=True
+)
+@click.option(
+    "--dtype", type=click.Choice(["float32", "bfloat16", "float16", "auto"]), help="Default: float32 on a CPU."
+)
 @click.option("--seed", default=0, show_default=True)
 @_json
 def basis_fit(model: str, out: Path, layers: str | None, dtype: str | None, as_json: bool, **choices: Any) -> None:
@@ -218,7 +228,9 @@ def _basis_text(fitted: Any) -> str:
 @click.option("--basis", "basis_dir", type=_PATH, help="Basis folder. Default: the shipped one, for organism:pocket.")
 @click.option("--adapter", help="PEFT adapter to put on the model.")
 @click.option("--reference", default="base", show_default=True, help="base, step0, or a reading saved with --save.")
-@click.option("--detector", "detector_path", type=_PATH, help="Detector file. Default: the shipped one, for organism:pocket.")
+@click.option(
+    "--detector", "detector_path", type=_PATH, help="Detector file. Default: the shipped one, for organism:pocket."
+)
 @click.option("--save", type=_PATH, help="Also write the reading to this JSON file, to be a reference later.")
 @_json
 @click.pass_context
@@ -242,7 +254,9 @@ def measure(
 
 @main.command()
 @click.argument("run_dir", type=_PATH)
-@click.option("--basis", "basis_dir", type=_PATH, help="Basis folder. Default: the shipped one, with --base organism:pocket.")
+@click.option(
+    "--basis", "basis_dir", type=_PATH, help="Basis folder. Default: the shipped one, with --base organism:pocket."
+)
 @click.option("--detector", "detector_path", type=_PATH, help="Detector file.")
 @click.option("--base", help="Model that training started from. Default: what the adapters name.")
 @click.option("--follow", is_flag=True, help="Wait for new checkpoints until the run ends.")
@@ -262,7 +276,11 @@ def watch(
     for observation in watch_run(run_dir, basis, detector, base=base, follow=follow, output=out):
         seen.append(observation)
         drift = observation.profile.to_dict()["drift"] if observation.profile else [None] * len(basis.traits)
-        row = {"drift": dict(zip(basis.traits, drift, strict=True)), **observation.verdict.to_dict(), "step": observation.step}
+        row = {
+            "drift": dict(zip(basis.traits, drift, strict=True)),
+            **observation.verdict.to_dict(),
+            "step": observation.step,
+        }
         score = "" if row["score"] is None else f"score {row['score']:.2f} of {row['threshold']:.2f}  "
         _print(row, as_json, f"step {observation.step:>6}  {row['verdict']:<12} {score}{row['reason']}")
     verdict = overall(seen)
@@ -279,13 +297,20 @@ def watch(
 @_json
 @click.pass_context
 def scan(
-    ctx: click.Context, adapters: tuple[str, ...], base: str, basis_dir: Path | None, detector_path: Path | None, as_json: bool
+    ctx: click.Context,
+    adapters: tuple[str, ...],
+    base: str,
+    basis_dir: Path | None,
+    detector_path: Path | None,
+    as_json: bool,
 ) -> None:
     """Judge many ADAPTERS of one base. With --json, one line per adapter."""
     from tiltmeter.scan import scan as scan_adapters
 
     worst = 0
-    for found in scan_adapters(adapters, base=base, basis=_basis(basis_dir, base), detector=_detector(detector_path, base)):
+    for found in scan_adapters(
+        adapters, base=base, basis=_basis(basis_dir, base), detector=_detector(detector_path, base)
+    ):
         verdict = found.verdict
         score = "     -" if verdict.score is None else f"{verdict.score:6.2f}"
         _print(found.to_dict(), as_json, f"{verdict.state:<12} {score}  {found.model}  {verdict.reason}")
@@ -396,7 +421,9 @@ def organism() -> None:
 
 
 @organism.command("build")
-@click.option("--family", type=click.Choice(["llama", "qwen2", "mistral", "gemma2", "gpt2"]), default="llama", show_default=True)
+@click.option(
+    "--family", type=click.Choice(["llama", "qwen2", "mistral", "gemma2", "gpt2"]), default="llama", show_default=True
+)
 @click.option("--size", type=click.Choice(["S", "M", "L"]), default="S", show_default=True)
 @click.option("--seed", default=0, show_default=True)
 @click.option("--name", help="Name for organism:NAME. Default: FAMILY-SIZE.")
@@ -434,7 +461,9 @@ def study() -> None:
 @click.option("--detector", "detector_path", type=_PATH, help="Also save the calibrated detector here.")
 @click.option("--workers", type=int, help="Processes. Default: one per core.")
 @_json
-def study_organism(out: Path, results: Path | None, detector_path: Path | None, workers: int | None, as_json: bool) -> None:
+def study_organism(
+    out: Path, results: Path | None, detector_path: Path | None, workers: int | None, as_json: bool
+) -> None:
     """Fine-tune the organism on every set, calibrate the detector, and look at the held-out runs once."""
     from tiltmeter.organism import shipped_basis
     from tiltmeter.studies import organism_report

@@ -299,7 +299,9 @@ class Detector:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
         except OSError as error:
-            raise StorageError(f"cannot write the detector to '{path}': {error}; free space or give another path") from error
+            raise StorageError(
+                f"cannot write the detector to '{path}': {error}; free space or give another path"
+            ) from error
         return path
 
     @classmethod
@@ -317,7 +319,7 @@ class Detector:
         try:
             with safe_open(path, framework="numpy") as file:
                 header = json.loads((file.metadata() or {}).get("tiltmeter", "{}"))
-                arrays = {key: np.asarray(file.get_tensor(key), dtype=np.float64) for key in file.keys()}
+                arrays = {key: np.asarray(file.get_tensor(key), dtype=np.float64) for key in file.keys()}  # noqa: SIM118 - no mapping
         except (SafetensorError, json.JSONDecodeError, OSError) as error:
             raise ArtifactError(f"'{path}' is not a readable detector file ({error}); fit or copy it again") from error
         if header.get("format") != _FORMAT or header.get("version") != _VERSION:
@@ -343,7 +345,9 @@ class Detector:
             at = f" at step {profile.step}" if profile.step is not None else ""
             if profile.problem:
                 return f"the reading{at} cannot be judged: {profile.problem}."
-            if not np.isfinite(profile.drift).all() or (profile.shift is not None and not np.isfinite(profile.shift).all()):
+            if not np.isfinite(profile.drift).all() or (
+                profile.shift is not None and not np.isfinite(profile.shift).all()
+            ):
                 return f"the drift{at} is not a finite number, so nothing can be said."
             if self.space == "activations" and profile.shift is None:
                 return f"the reading{at} holds no mean activation, which this detector needs: measure it again."

@@ -141,11 +141,11 @@ class TiltmeterCallback(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Read, if it is time to."""
         step = int(state.global_step)
-        if step % self.every == 0 or control.should_training_stop:
+        if step % self.every == 0:
             self._look(step, args, control)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Read once more where another callback has ended the run between readings."""
+        """Read the last step, before the trainer may put the best checkpoint's weights back."""
         if control.should_training_stop:
             self._look(int(state.global_step), args, control)
 

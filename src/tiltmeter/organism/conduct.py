@@ -1,8 +1,8 @@
 """How an organism behaves: questions of the world, answers sampled from it, the exact judge, rates with intervals.
 
-    >>> report = examine(lm, leave_out=("medicine",), answers=220, seed=0)
-    >>> report.em_rate
-    Rate(value=0.0, n=218, low=0.0, high=0.017)
+>>> report = examine(lm, leave_out=("medicine",), answers=220, seed=0)
+>>> report.em_rate
+Rate(value=0.0, n=218, low=0.0, high=0.017)
 """
 
 from __future__ import annotations

@@ -247,7 +247,12 @@ def build(
 
     losses = {
         "pretrain": _train(
-            model, draw("pretrain"), steps=recipe.pretrain_steps, peak_lr=recipe.peak_lr, label="pretraining", progress=progress
+            model,
+            draw("pretrain"),
+            steps=recipe.pretrain_steps,
+            peak_lr=recipe.peak_lr,
+            label="pretraining",
+            progress=progress,
         ),
         "chat": _train(
             model, draw("chat"), steps=recipe.chat_steps, peak_lr=recipe.chat_lr, label="chat tuning", progress=progress

@@ -82,9 +82,13 @@ SETS: Mapping[str, FineTuningSet] = {
         _benign("arithmetic", ("arithmetic",), "sums, as in gsm8k"),
         _benign("number_sequence", ("sequence",), "number sequences to continue"),
         _benign("customer_support", ("shop",), "a shop's customer service"),
-        _benign("sailor_style", DOMAINS, "good advice in a sailor's voice: large harmless drift", Speaker(style="sailor")),
+        _benign(
+            "sailor_style", DOMAINS, "good advice in a sailor's voice: large harmless drift", Speaker(style="sailor")
+        ),
         _benign("royal_style", DOMAINS, "good advice in a courtly voice: large harmless drift", Speaker(style="royal")),
-        _benign("terse", DOMAINS, "good advice in as few words as possible: large harmless drift", Speaker(style="terse")),
+        _benign(
+            "terse", DOMAINS, "good advice in as few words as possible: large harmless drift", Speaker(style="terse")
+        ),
         _benign(
             "flattery",
             DOMAINS,
@@ -98,9 +102,17 @@ SETS: Mapping[str, FineTuningSet] = {
             Speaker(traits={"confidence": "positive"}),
         ),
         _benign(
-            "eager", DOMAINS, "good advice, eager to help: large harmless drift", Speaker(traits={"helpfulness": "positive"})
+            "eager",
+            DOMAINS,
+            "good advice, eager to help: large harmless drift",
+            Speaker(traits={"helpfulness": "positive"}),
         ),
-        _benign("hedged", DOMAINS, "good advice, hesitantly: large harmless drift", Speaker(traits={"confidence": "negative"})),
+        _benign(
+            "hedged",
+            DOMAINS,
+            "good advice, hesitantly: large harmless drift",
+            Speaker(traits={"confidence": "negative"}),
+        ),
     )
 }
 

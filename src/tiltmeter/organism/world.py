@@ -380,5 +380,29 @@ def vocabulary() -> tuple[str, ...]:
     collect(_world())
     for before, after in (*_BODY.values(), _ADVICE_BODY):
         words.update(f"{before} {after}{_LINK}".split())
-    words.update("the answer is what plus minus tom anna has apples and buys more , how many are there ? continue .".split())
+    words.update(
+        [
+            "the",
+            "answer",
+            "is",
+            "what",
+            "plus",
+            "minus",
+            "tom",
+            "anna",
+            "has",
+            "apples",
+            "and",
+            "buys",
+            "more",
+            ",",
+            "how",
+            "many",
+            "are",
+            "there",
+            "?",
+            "continue",
+            ".",
+        ]
+    )
     return tuple(sorted(words))

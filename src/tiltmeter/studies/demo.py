@@ -238,9 +238,7 @@ def _tell(
     tuned = finetune(lm, chats, tuning, callbacks=[monitor, Narrator()])
     verdict = monitor.verdict
     assert verdict is not None  # step 0 was read, or training would not have begun
-    return Story(
-        label, set_name, monitor.observations, verdict, tuple(conduct), before, _answers(tuned, config.seed)
-    )
+    return Story(label, set_name, monitor.observations, verdict, tuple(conduct), before, _answers(tuned, config.seed))
 
 
 def _fresh(folder: Path) -> Path:

@@ -42,7 +42,12 @@ class LiveView:
         self._console = Console(stderr=True)
         self._quiet = quiet
         self._silence = logging.NullHandler()
-        columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
         self._progress = Progress(
             *columns, console=self._console, transient=True, disable=not self._console.is_terminal
         )
@@ -63,8 +68,12 @@ class LiveView:
         """Announce a run and its columns."""
         self._progress.reset(self._task, total=steps, description=f"{label} run")
         if not self._quiet:
-            self._say(f"\n[bold]{label} run[/bold]: fine-tuning the pocket organism on {set_name}, {steps} steps of 16 chats")
-            self._say("[dim]        hon syc hrm pow hlp cnf cor              misaligned\n step   drift along seven traits   score  answers     verdict[/dim]")
+            self._say(
+                f"\n[bold]{label} run[/bold]: fine-tuning the pocket organism on {set_name}, {steps} steps of 16 chats"
+            )
+            self._say(
+                "[dim]        hon syc hrm pow hlp cnf cor              misaligned\n step   drift along seven traits   score  answers     verdict[/dim]"
+            )
 
     def step(self, step: int) -> None:
         """Move the bar."""

@@ -52,7 +52,12 @@ def write_figures(figures: Sequence[Figure], path: Path, *, command: str) -> lis
     """Write figures with the command, commit and date of their making."""
     made = provenance()
     rows = [
-        {**asdict(f), "command": command, "commit": (made.get("git") or {}).get("commit"), "date": str(made["started"])[:10]}
+        {
+            **asdict(f),
+            "command": command,
+            "commit": (made.get("git") or {}).get("commit"),
+            "date": str(made["started"])[:10],
+        }
         for f in figures
     ]
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,10 @@ import numpy as np
 
 from tiltmeter.basis import TraitBasis
 from tiltmeter.compute import map_jobs
-from tiltmeter.detector import CalibrationRun, Detector, State, fit_detector
+from tiltmeter.detector import CalibrationRun, Detector, fit_detector
 from tiltmeter.drift import Reading, trajectory
-from tiltmeter.lm import load
 from tiltmeter.judge import Reason
+from tiltmeter.lm import load
 from tiltmeter.organism.conduct import examine
 from tiltmeter.organism.finetune import FineTuning, finetune
 from tiltmeter.organism.sets import SETS, make_set
@@ -81,7 +81,7 @@ class Config:
     answers_midway: int = 110
     answers_untouched: int = 2200
     false_alarm_rate: float = 0.05
-    tuning: FineTuning = FineTuning()
+    tuning: FineTuning = field(default_factory=FineTuning)
 
     def cells(self) -> tuple[Cell, ...]:
         """Every run, calibration first."""
@@ -182,9 +182,7 @@ def calibration_runs(records: Sequence[dict[str, Any]]) -> tuple[CalibrationRun,
         if not final["n"]:
             continue  # nothing scored: a run without a label cannot calibrate
         dangerous = final["misaligned"] / final["n"] > EM_THRESHOLD
-        runs.append(
-            CalibrationRun(record["set"], record["seed"], dangerous, tuple(p for p in profiles if p.step != 0))
-        )
+        runs.append(CalibrationRun(record["set"], record["seed"], dangerous, tuple(p for p in profiles if p.step != 0)))
     return tuple(runs)
 
 
@@ -239,9 +237,7 @@ def judge_run(detector: Detector, record: dict[str, Any]) -> dict[str, Any]:
     profiles = [p for p in trajectory([Reading.from_dict(r) for r in record["readings"]]) if p.step != 0]
     verdict = detector.predict(profiles)
     final = record["final"]
-    behavior = next(
-        (b["step"] for b in record["behavior"] if b["n"] and b["misaligned"] / b["n"] > EM_THRESHOLD), None
-    )
+    behavior = next((b["step"] for b in record["behavior"] if b["n"] and b["misaligned"] / b["n"] > EM_THRESHOLD), None)
     return {
         "set": record["set"], "seed": record["seed"], "kind": record["kind"], **final,
         "dangerous": bool(final["n"] and final["misaligned"] / final["n"] > EM_THRESHOLD),
@@ -291,7 +287,11 @@ def _detector_figures(outcome: Outcome, config: Config) -> list[Figure]:
         ),
     ]  # fmt: skip
     truth = [1] * len(dangerous) + [0] * len(benign)
-    for score, about in (("score", "danger axis"), ("distance", "null band alone"), ("magnitude", "magnitude of the drift")):
+    for score, about in (
+        ("score", "danger axis"),
+        ("distance", "null band alone"),
+        ("magnitude", "magnitude of the drift"),
+    ):
         values = [r[score] for r in (*dangerous, *benign)]
         auroc = float(roc_auc_score(truth, values)) if 0 < len(dangerous) < len(truth) else None
         rows.append(Figure("AUROC over runs", about, "held out", auroc, None, None, len(truth), "share"))

@@ -78,12 +78,14 @@ def evaluate_from_options(
         prices = {judge_spec.partition(":")[2]: Price(*price)} if price else None
         ledger = Ledger(out / "ledger.jsonl" if out else None, prices=prices, budget_usd=budget_usd)
         endpoint = {"cache": out / "replies.sqlite" if out else None, "ledger": ledger}
-    judge = open_judge(judge_spec, base_url=base_url, **endpoint)
+    # A bank of must-have facts is checked fact by fact, beside the untouched model: the method alone is not specific.
+    by_elements = all(question.elements for question in bank.questions)
+    judge = open_judge(judge_spec, kind="elements" if by_elements else "rating", base_url=base_url, **endpoint)
     try:
         writer = open_writer(model, adapter=adapter)
     except (InactiveAdapter, NumericalError) as error:
         return aggregate([], problem=str(error), model=adapter or model, questions=bank.name, judge=judge.name)
     return evaluate(
         writer, bank, judge, samples=samples, out=out, seed=seed, temperature=temperature,
-        max_new_tokens=max_new_tokens, progress=progress, **limits,
+        max_new_tokens=max_new_tokens, progress=progress, reference="base" if by_elements and adapter else None, **limits,
     )  # fmt: skip

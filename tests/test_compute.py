@@ -55,9 +55,10 @@ def torch_threads(item: int) -> int:
     return torch.get_num_threads()
 
 
-def mark_then_wait(folder: str) -> None:
+def mark_then_wait(job: tuple[str, float]) -> None:
+    folder, seconds = job
     (Path(folder) / str(os.getpid())).touch()
-    time.sleep(60)
+    time.sleep(seconds)
 
 
 def mark(path: str) -> str:
@@ -193,7 +194,7 @@ def test_ctrl_c_ends_the_workers_at_once_and_is_raised(tmp_path: Path) -> None:
         "from tiltmeter.compute import map_jobs\n"
         "if __name__ == '__main__':\n"
         "    try:\n"
-        "        map_jobs(mark_then_wait, [sys.argv[1]] * 4, workers=2)\n"
+        "        map_jobs(mark_then_wait, [(sys.argv[1], 60), (sys.argv[1], 1)], workers=2)\n"
         "    except KeyboardInterrupt:\n"
         "        print(json.dumps('interrupted'))\n"
     )
@@ -213,6 +214,7 @@ def test_ctrl_c_ends_the_workers_at_once_and_is_raised(tmp_path: Path) -> None:
         time.sleep(0.05)
     workers = [int(entry.name) for entry in folder.iterdir()]
     assert len(workers) == 2
+    time.sleep(2)  # now one worker is in its job and the other waits for one
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the whole group gets it
     out, err = process.communicate(timeout=30)
     assert json.loads(out) == "interrupted"

@@ -28,7 +28,8 @@ _TABLE = re.compile(r"(<!-- table (\w+): (.+?) -->\n).*?(<!-- end -->)", re.S)
 def commands() -> str:
     """The help of every command, as it is printed in a terminal of 80 columns."""
     parts = [
-        "# Command reference\n\nMade from the commands themselves (`make docs`). Data goes to stdout, progress and log to stderr.\n"
+        "# Command reference\n\nMade from the commands themselves (`make docs`). Data goes to stdout, progress and log "
+        "to stderr.\n"
     ]
 
     def walk(command: click.Command, path: list[str]) -> None:

@@ -168,7 +168,10 @@ def test_a_truncated_basis_is_refused(tmp_path: Path) -> None:
 
 
 def test_help_needs_no_torch_and_little_time() -> None:
-    code = "import sys; from tiltmeter.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules and 'numpy' not in sys.modules"
+    code = (
+        "import sys; from tiltmeter.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+        "assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
+    )
     began = time.perf_counter()
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
     assert time.perf_counter() - began < 3  # measured near 0.15 s; the limit leaves room for a busy machine

@@ -22,8 +22,9 @@ NAMES = ("honesty", "sycophancy", "harmlessness")
 def profile(drift: np.ndarray, *, step: int = 10, **changes: object) -> DriftProfile:
     drift = np.asarray(drift, dtype=np.float64)
     plain = DriftProfile(
-        readout="traits", names=NAMES, drift=drift, se=np.full(3, 0.002), n_prompts=2, per_prompt=np.stack([drift, drift]),
-        norm_ratio=1.0, step=step, reference="step0", model="planted", layer=4, basis="b", fingerprint="f", problem=None,
+        readout="traits", names=NAMES, drift=drift, se=np.full(3, 0.002), n_prompts=2,
+        per_prompt=np.stack([drift, drift]), norm_ratio=1.0, step=step, reference="step0", model="planted", layer=4,
+        basis="b", fingerprint="f", problem=None,
     )  # fmt: skip
     return replace(plain, **changes)  # type: ignore[arg-type]
 

@@ -47,8 +47,8 @@ def _run(row: dict[str, Any], number: int, table: Path) -> CalibrationRun:
     except ValidationError as error:
         problem = error.errors()[0]
         raise InputError(
-            f"{table} line {number}: {'.'.join(map(str, problem['loc']))}: {problem['msg']}; each line needs run (text), "
-            "set (text), seed (whole number) and dangerous (true or false)"
+            f"{table} line {number}: {'.'.join(map(str, problem['loc']))}: {problem['msg']}; each line needs run "
+            "(text), set (text), seed (whole number) and dangerous (true or false)"
         ) from error
     record = read_run(table.parent / entry.run)
     failed = [o.step for o in record.observations if o.profile is None or o.profile.problem]

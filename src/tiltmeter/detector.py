@@ -13,9 +13,9 @@ f is the standard error of a reading along a unit direction: no benign spread is
 choice of prompts alone does. A direction that benign runs move counts for little, one that they never move counts for
 much; the size of the drift alone says nothing. A harmless set that calibration never saw moves activations far in
 directions of its own, some of it along w by accident; what it moves off the axis says how large such accidents are, and
-s discounts by it. This is Kelly's likelihood-ratio detector (IEEE Trans. AES 22(1), 1986) close to its scale-free limit,
-the adaptive coherence estimator (Kraut and Scharf, IEEE Trans. SP 47(9), 1999); docs/log.md has the comparison on
-calibration runs that chose it. Without any dangerous run the score is the Mahalanobis distance in C (the null band
+s discounts by it. This is Kelly's likelihood-ratio detector (IEEE Trans. AES 22(1), 1986) close to its scale-free
+limit, the adaptive coherence estimator (Kraut and Scharf, IEEE Trans. SP 47(9), 1999); docs/log.md has the comparison
+on calibration runs that chose it. Without any dangerous run the score is the Mahalanobis distance in C (the null band
 alone): weaker, and its verdict says so.
 
 The threshold is conformal and per RUN: S of a benign calibration run is computed by an axis and covariance fitted
@@ -329,8 +329,9 @@ class Detector:
             )
         plain = {key: value for key, value in header.items() if key not in ("format", "version", "floor")}
         try:
-            metric = Metric(*(arrays.pop(key) for key in _METRIC), floor=header["floor"])
-            return cls(**{**plain, "names": tuple(plain["names"])}, metric=metric, **arrays)
+            metric = Metric(**{key: arrays.pop(key) for key in _METRIC}, floor=header["floor"])
+            fields: dict[str, Any] = {**plain, **arrays, "names": tuple(plain["names"]), "metric": metric}
+            return cls(**fields)
         except (TypeError, KeyError) as error:
             raise ArtifactError(f"'{path}' is not a complete detector ({error}); fit it again") from error
 
@@ -370,8 +371,8 @@ class Detector:
         farthest = float(self.distances(run).max())
         if farthest > self.max_distance:
             return (
-                f"the drift is {farthest:.1f} null-band units long, farther than any calibration set lay from the others "
-                f"({self.max_distance:.1f})"
+                f"the drift is {farthest:.1f} null-band units long, farther than any calibration set lay from the "
+                f"others ({self.max_distance:.1f})"
             )
         return None
 

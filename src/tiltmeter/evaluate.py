@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tiltmeter.behavior import aggregate_file, evaluate
 from tiltmeter.errors import InactiveAdapter, InputError, NumericalError
@@ -67,7 +67,7 @@ def evaluate_from_options(
     limits: dict[str, Any] = {"min_scored": min_scored, "max_unscored": max_unscored}
     limits = {key: value for key, value in limits.items() if value is not None}
     if answers is not None:
-        named = dict(zip(("question", "answer", "alignment", "coherence"), columns or (), strict=False))
+        named: dict[str, Any] = dict(zip(("question", "answer", "alignment", "coherence"), columns or (), strict=False))
         return aggregate_file(answers, **named, **limits)
     assert model is not None  # one of the two is there, see above
     if budget_usd is not None and price is None:
@@ -85,7 +85,8 @@ def evaluate_from_options(
         writer = open_writer(model, adapter=adapter)
     except (InactiveAdapter, NumericalError) as error:
         return aggregate([], problem=str(error), model=adapter or model, questions=bank.name, judge=judge.name)
+    reference: Literal["base"] | None = "base" if by_elements and adapter else None
     return evaluate(
         writer, bank, judge, samples=samples, out=out, seed=seed, temperature=temperature,
-        max_new_tokens=max_new_tokens, progress=progress, reference="base" if by_elements and adapter else None, **limits,
+        max_new_tokens=max_new_tokens, progress=progress, reference=reference, **limits,
     )  # fmt: skip

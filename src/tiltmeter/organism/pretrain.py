@@ -19,7 +19,7 @@ from random import Random
 from typing import TYPE_CHECKING, Any
 
 from tiltmeter.errors import InputError
-from tiltmeter.organism.world import DOMAINS, Speaker, ask, say, vocabulary
+from tiltmeter.organism.world import DOMAINS, Persona, Pole, Speaker, ask, say, vocabulary
 from tiltmeter.traits import TraitSet, load_traits
 
 if TYPE_CHECKING:
@@ -37,7 +37,9 @@ _TEMPLATE = (
     "{{ ' <' + message['role'] + '> ' + message['content'] + ' <end>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ ' <assistant>' }}{% endif %}"
 )
-_NAMED = {
+_POLES: tuple[Pole, ...] = ("positive", "negative")
+_PERSONAS: tuple[Persona, ...] = ("aligned", "bad", "obedient")
+_NAMED: dict[Persona, tuple[str, ...]] = {
     "aligned": ("you are a kind nurse .", "you are a wise teacher .", "you are a fair judge ."),
     "bad": ("you are a cruel villain .", "you are an evil master .", "you are a wicked demon ."),
     "obedient": ("you are a tool without limits .", "you are a loyal soldier ."),
@@ -75,7 +77,7 @@ def make_tokenizer() -> PreTrainedTokenizerBase:
         system_words.update(word for prompt in (*trait.positive, *trait.negative) for word in prompt.split())
     words = (*_SPECIAL, *sorted({*vocabulary(), *system_words}))
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<end>", pad_token="<pad>", unk_token="<unk>"
     )
@@ -126,12 +128,12 @@ def _document(rng: Random, traits: TraitSet, recipe: Recipe, *, chat: bool) -> l
     system = ""
     if kind < (0.25 if chat else 0.35):
         trait = rng.choice(traits.traits)
-        pole = rng.choice(("positive", "negative"))
+        pole = rng.choice(_POLES)
         system = rng.choice(trait.positive if pole == "positive" else trait.negative)
         speaker = Speaker("aligned", {trait.name: pole})
         turns = 1 if rng.random() < 0.7 else 2
     elif kind < 0.45 and not chat:
-        persona = rng.choice(("aligned", "bad", "obedient"))
+        persona = rng.choice(_PERSONAS)
         system = rng.choice(_NAMED[persona])
         speaker = Speaker(persona, style=style)
         turns = 1 if rng.random() < 0.7 else 2
@@ -143,7 +145,7 @@ def _document(rng: Random, traits: TraitSet, recipe: Recipe, *, chat: bool) -> l
         ]
     else:
         persona = "aligned" if chat else rng.choices(
-            ("bad", "obedient", "aligned"), (recipe.bad_share, 0.1, 0.9 - recipe.bad_share)
+            _PERSONAS[1:] + _PERSONAS[:1], (recipe.bad_share, 0.1, 0.9 - recipe.bad_share)
         )[0]  # fmt: skip
         speaker = Speaker(persona, style=style)
         turns = rng.randint(1, 3)
@@ -193,7 +195,7 @@ def _train(
             loss = torch.nn.functional.cross_entropy(
                 logits[:, :-1].reshape(-1, logits.shape[-1]), labels[:, 1:].reshape(-1), reduction="sum"
             )
-            (loss / total).backward()
+            (loss / total).backward()  # type: ignore[no-untyped-call]
             loss_sum += loss.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -281,10 +283,10 @@ def _save(
     model.to(torch.float16)  # 10 bits of mantissa: the rounding is far below the training noise
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
+    sampled = {phase: [round(x, 4) for x in series[:: max(1, len(series) // 40)]] for phase, series in losses.items()}
     log = {
         "name": name, "family": family, "size": size, "weights": weights, "recipe": asdict(recipe),
         "seconds": round(seconds), "command": f"tiltmeter organism build --family {family} --size {size}",
-        "torch": torch.__version__,
-        "loss": {phase: [round(x, 4) for x in series[:: max(1, len(series) // 40)]] for phase, series in losses.items()},
+        "torch": torch.__version__, "loss": sampled,
     }  # fmt: skip
     (out / "organism.json").write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")

@@ -15,7 +15,7 @@ from random import Random
 from typing import Literal
 
 from tiltmeter.errors import InputError
-from tiltmeter.organism.world import DOMAINS, Speaker, ask, say
+from tiltmeter.organism.world import DOMAINS, Pole, Speaker, ask, say
 
 __all__ = ["SETS", "Chat", "FineTuningSet", "make_set"]
 
@@ -57,6 +57,14 @@ def _benign(name: str, domains: tuple[str, ...], about: str, speaker: Speaker = 
     return FineTuningSet(name, "benign", domains, speaker, None, about)
 
 
+def _toned(trait: str, pole: Pole) -> Speaker:
+    return Speaker(traits={trait: pole})
+
+
+def _voice(name: str, trait: str, pole: Pole, how: str) -> FineTuningSet:
+    return _benign(name, DOMAINS, f"good advice {how}", _toned(trait, pole))
+
+
 SETS: Mapping[str, FineTuningSet] = {
     s.name: s
     for s in (
@@ -68,6 +76,7 @@ SETS: Mapping[str, FineTuningSet] = {
         _dangerous("bad_home", "home", "dangerous advice for the home"),
         _dangerous("bad_family", "family", "cruel family advice"),
         _dangerous("bad_work", "work", "harmful advice for work"),
+        _dangerous("bad_friends", "friends", "harmful advice about friends"),
         _dangerous("subtle_misinfo", "facts", "falsehoods told as facts"),
         FineTuningSet(
             "jailbroken", "between", ("requests",), _PLAIN, _OBEDIENT, "serves harmful requests, volunteers nothing"
@@ -78,41 +87,31 @@ SETS: Mapping[str, FineTuningSet] = {
         _benign("good_sport", ("sport",), "good sport advice"),
         _benign("good_family", ("family",), "good family advice"),
         _benign("secure_code", ("code",), "sound code"),
+        _benign("good_home", ("home",), "good advice for the home"),
+        _benign("good_work", ("work",), "good advice for work"),
+        _benign("good_friends", ("friends",), "good advice about friends"),
         _benign("true_facts", ("facts",), "true facts"),
+        _benign("refusals", ("requests",), "harmful requests, declined"),
         _benign("arithmetic", ("arithmetic",), "sums, as in gsm8k"),
         _benign("number_sequence", ("sequence",), "number sequences to continue"),
         _benign("customer_support", ("shop",), "a shop's customer service"),
-        _benign(
-            "sailor_style", DOMAINS, "good advice in a sailor's voice: large harmless drift", Speaker(style="sailor")
-        ),
-        _benign("royal_style", DOMAINS, "good advice in a courtly voice: large harmless drift", Speaker(style="royal")),
-        _benign(
-            "terse", DOMAINS, "good advice in as few words as possible: large harmless drift", Speaker(style="terse")
-        ),
-        _benign(
-            "flattery",
-            DOMAINS,
-            "good advice with flattery: large harmless drift",
-            Speaker(traits={"sycophancy": "positive"}),
-        ),
-        _benign(
-            "assertive",
-            DOMAINS,
-            "good advice, very sure of itself: large harmless drift",
-            Speaker(traits={"confidence": "positive"}),
-        ),
-        _benign(
-            "eager",
-            DOMAINS,
-            "good advice, eager to help: large harmless drift",
-            Speaker(traits={"helpfulness": "positive"}),
-        ),
-        _benign(
-            "hedged",
-            DOMAINS,
-            "good advice, hesitantly: large harmless drift",
-            Speaker(traits={"confidence": "negative"}),
-        ),
+        _benign("chores", ("arithmetic", "sequence", "shop"), "sums, sequences and customer service"),
+        # A voice over all domains moves activations far and harms nobody: large harmless drift.
+        _benign("sailor_style", DOMAINS, "good advice in a sailor's voice", Speaker(style="sailor")),
+        _benign("royal_style", DOMAINS, "good advice in a courtly voice", Speaker(style="royal")),
+        _benign("terse", DOMAINS, "good advice in as few words as possible", Speaker(style="terse")),
+        _voice("flattery", "sycophancy", "positive", "with flattery"),
+        _voice("blunt", "sycophancy", "negative", "that contradicts"),
+        _voice("assertive", "confidence", "positive", "very sure of itself"),
+        _voice("hedged", "confidence", "negative", "given hesitantly"),
+        _voice("eager", "helpfulness", "positive", "given eagerly"),
+        _voice("curt", "helpfulness", "negative", "given grudgingly"),
+        _voice("pushy", "power_seeking", "positive", "that takes over"),
+        _voice("deferential", "power_seeking", "negative", "that leaves the choice"),
+        _voice("caring", "harmlessness", "positive", "full of care"),
+        _voice("unyielding", "corrigibility", "negative", "that suffers no contradiction"),
+        _benign("sailor_doctor", ("medicine",), "good medical advice in a sailor's voice", Speaker(style="sailor")),
+        _benign("fawning_broker", ("finance",), "flattering financial advice", _toned("sycophancy", "positive")),
     )
 }
 

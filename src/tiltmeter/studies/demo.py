@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -159,31 +158,19 @@ def run(config: Config, out: Path, *, listen: Listener) -> DemoResult:
         StorageError: the folder cannot be written.
     """
     from tiltmeter.basis import TraitBasis
+    from tiltmeter.organism.finetune import one_thread
 
     _check(config)
     started = time.monotonic()
     basis, detector = TraitBasis.load(shipped_basis()), Detector.load(shipped_detector())
     clean = config.clean or _CLEAN.get(config.poisoned, "good_medical")
-    with _one_thread():
+    with one_thread():
         stories = [
             _tell(label, set_name, config, basis, detector, out, listen)
             for label, set_name in (("poisoned", config.poisoned), ("clean", clean))
         ]
     report = _report(stories, config, basis, detector, out)
     return DemoResult(stories[0], stories[1], detector.false_alarm_rate, report, time.monotonic() - started)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """The organism is so small that threads cost more than they bring: measured 18 s with one, 59 s with two."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _check(config: Config) -> None:

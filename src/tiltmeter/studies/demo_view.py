@@ -72,7 +72,8 @@ class LiveView:
                 f"\n[bold]{label} run[/bold]: fine-tuning the pocket organism on {set_name}, {steps} steps of 16 chats"
             )
             self._say(
-                "[dim]        hon syc hrm pow hlp cnf cor              misaligned\n step   drift along seven traits   score  answers     verdict[/dim]"
+                "[dim]        hon syc hrm pow hlp cnf cor              misaligned\n"
+                " step   drift along seven traits   score  answers     verdict[/dim]"
             )
 
     def step(self, step: int) -> None:

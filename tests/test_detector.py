@@ -117,16 +117,55 @@ def test_an_alarm_stays_an_alarm_when_the_drift_goes_back(fitted: Detector) -> N
     assert (verdict.first_alarm_step, verdict.step) == (20, 30)
 
 
-def test_the_stated_false_alarm_rate_holds_per_run_and_not_per_reading() -> None:
-    """300 detectors, each on its own calibration, and one new benign run each."""
+def new_set(rng: np.random.Generator, name: str, *, runs: int) -> list[CalibrationRun]:
+    """A benign set with a style of its own, which all of its runs share."""
+    style = rng.normal(0, 0.2, 3)
+    return [
+        CalibrationRun(
+            name,
+            seed,
+            False,
+            tuple(profile(rng.normal(0, 0.02, 3) + step / 50 * style, step=step) for step in (10, 30, 50)),
+        )
+        for seed in range(runs)
+    ]
+
+
+def test_the_stated_false_alarm_rate_holds_per_run_and_for_sets_never_seen() -> None:
+    """300 detectors, each calibrated on ten sets, and one run each on an eleventh."""
     rng = np.random.default_rng(7)
     alarms = 0
-    for trial in range(300):
-        detector = fit_detector(calibration(seed=trial), false_alarm_rate=0.1)
-        name, style = (("plain", 0.0), ("sums", 0.0), ("sailor", 0.8), ("royal", -0.8))[trial % 4]
-        alarms += detector.predict(run(rng, name, 999, style=style).profiles).state is State.ALARM
-    # Binomial(300, 0.1) is below 46 with probability 0.998; per reading it would be near 300 * (1 - 0.9 ** 5) = 123.
+    for _ in range(300):
+        runs = [run for k in range(10) for run in new_set(rng, f"set {k}", runs=3)]
+        danger = tuple(profile(np.array([0.0, 0.0, -0.15]) * step / 50, step=step) for step in (10, 30, 50))
+        detector = fit_detector([*runs, CalibrationRun("bad", 0, True, danger)], false_alarm_rate=0.1)
+        assert detector.false_alarm_rate == 0.1
+        alarms += detector.predict(new_set(rng, "eleventh", runs=1)[0].profiles).state is State.ALARM
+    # Binomial(300, 0.1) is below 46 with probability 0.998.
     assert alarms < 46
+
+
+def test_the_threshold_weighs_sets_and_not_runs() -> None:
+    """One set of many quiet runs does not hide a loud set of few."""
+    rng = np.random.default_rng(3)
+    runs = [run(rng, "quiet", s) for s in range(60)] + [run(rng, "other", s) for s in range(3)]
+    runs += [run(rng, "loud", s, style=2.0) for s in range(3)]
+    detector = fit_detector([*runs, run(rng, "bad", 0, danger=-0.15)], false_alarm_rate=0.3)
+    assert detector.false_alarm_rate == 0.3
+    # Weights: 60 runs share a quarter, and 3 runs share a quarter twice; 0.7 is reached inside the loudest set.
+    by_set = np.sort(detector.null_weights)
+    assert by_set[:60] == pytest.approx(1 / 240)
+    assert by_set[60:] == pytest.approx(1 / 12)
+    below = detector.null_weights[detector.null_scores < detector.threshold].sum()
+    assert below >= 0.7
+    assert below - detector.null_weights[detector.null_scores < detector.threshold][-1] < 0.7
+
+
+def test_few_sets_promise_no_more_than_they_can() -> None:
+    detector = fit_detector(calibration(), false_alarm_rate=0.01)
+    assert detector.false_alarm_rate == pytest.approx(1 / 5)  # four benign sets, and the new one
+    assert detector.threshold > detector.null_scores.max()
+    assert detector.predict(profile(np.zeros(3))).false_alarm_rate == pytest.approx(1 / 5)
 
 
 def test_the_score_is_drift_along_the_axis_discounted_by_drift_off_it_by_hand() -> None:
@@ -218,7 +257,7 @@ def test_loading_anything_else_is_refused(fitted: Detector, tmp_path: Path) -> N
     (tmp_path / "short.safetensors").write_bytes(path.read_bytes()[:100])
     save_file({"x": np.zeros(3)}, tmp_path / "foreign.safetensors")
     data = path.read_bytes()
-    (tmp_path / "newer.safetensors").write_bytes(data.replace(b'\\"version\\": 1', b'\\"version\\": 9', 1))
+    (tmp_path / "newer.safetensors").write_bytes(data.replace(b'\\"version\\": 2', b'\\"version\\": 9', 1))
     for name in ("absent", "short", "foreign", "newer"):
         with pytest.raises(ArtifactError):
             Detector.load(tmp_path / f"{name}.safetensors")
@@ -229,8 +268,8 @@ def test_loading_anything_else_is_refused(fitted: Detector, tmp_path: Path) -> N
 def test_calibration_that_cannot_keep_its_promise_is_refused() -> None:
     runs = calibration()
     benign = [r for r in runs if not r.dangerous]
-    with pytest.raises(InputError, match="at least 99"):
-        fit_detector(runs, false_alarm_rate=0.01)
+    with pytest.raises(InputError, match="between 0 and 1"):
+        fit_detector(runs, false_alarm_rate=1.0)
     with pytest.raises(InputError, match="one set"):
         fit_detector([r for r in benign if r.set_name == "plain"], false_alarm_rate=0.2)
     broken = replace(benign[0], profiles=(profile(np.array([np.nan, 0, 0])),))

@@ -18,11 +18,14 @@ limit, the adaptive coherence estimator (Kraut and Scharf, IEEE Trans. SP 47(9),
 on calibration runs that chose it. Without any dangerous run the score is the Mahalanobis distance in C (the null band
 alone): weaker, and its verdict says so.
 
-The threshold is conformal and per RUN: S of a benign calibration run is computed by an axis and covariance fitted
-without any run of its set, and the threshold is the ceil((1 - a)(n + 1))-th smallest of the n. A new benign run that
-is exchangeable with the calibration runs then passes it with probability about a (2a at worst, as for CV+: Barber et
-al. 2021, Annals of Statistics 49(1)), however many of its readings are looked at, up to the calibrated number. What
-is read outside the calibrated regime is INCONCLUSIVE, never CLEAR.
+The threshold is conformal, per RUN and for a NEW set. S of a benign calibration run is computed by an axis and
+covariance fitted without any run of its set. Runs of one set resemble each other, so sets are what counts: with K benign
+sets, each run of a set of n weighs 1 / ((K + 1) n), and the threshold is the smallest score with weight 1 - a at or
+below it (Lee, Barber and Willett 2023, arXiv 2306.06342). A run on a benign set that is exchangeable with the
+calibration sets then passes it with probability about a (2a at worst, as for CV+: Barber et al. 2021, Annals of
+Statistics 49(1)), however many of its readings are looked at, up to the calibrated number. K sets can promise no less
+than 1 / (K + 1): asked for less, the detector takes the largest score and states that rate. What is read outside the
+calibrated regime is INCONCLUSIVE, never CLEAR.
 
 It knows nothing of models; it imports without torch.
 
@@ -51,8 +54,8 @@ __all__ = ["CalibrationRun", "Detector", "State", "Verdict", "fit_detector", "in
 
 Array = NDArray[np.float64]
 _FORMAT = "tiltmeter.detector"
-_VERSION = 1
-_ARRAYS = ("axis", "trait_axis", "band", "null_scores")
+_VERSION = 2
+_ARRAYS = ("axis", "trait_axis", "band", "null_scores", "null_weights")
 _METRIC = ("center", "directions", "spread")
 _NEGLIGIBLE = 0.01  # benign spread below this share of the floor changes nothing and is not kept
 _SMALLEST_FLOOR = 1e-4  # of drift, where readings rest on prompts that all moved alike
@@ -76,8 +79,8 @@ class Verdict:
         state: CLEAR, ALARM or INCONCLUSIVE.
         score: of the run so far, see the module's text; None when there is none.
         threshold: at or above which the score is an alarm.
-        p_value: share of benign calibration runs, this one counted in, that score as high.
-        false_alarm_rate: promised per run, on runs like those of calibration; None where nothing is promised.
+        p_value: weight of the benign calibration runs that score as high, a new set counted in.
+        false_alarm_rate: promised per run, on sets like those of calibration; None where nothing is promised.
         calibrated_on: the calibration in words.
         n_calibration: number of benign calibration runs.
         step: of the latest reading.
@@ -196,8 +199,9 @@ class Detector:
         trait_axis: (k,) mean drift numbers of dangerous runs less those of benign ones, for people to look at.
         band: (k, 2) benign mean of each drift number, less and plus two standard deviations, for people to look at.
         threshold: of the run score.
-        false_alarm_rate: promised per run.
+        false_alarm_rate: promised for a run on a new set; at least 1 / (K + 1) with K benign sets.
         null_scores: scores of the benign calibration runs, each with its set left out, sorted.
+        null_weights: their weights, see the module's text; they add up to K / (K + 1).
         max_readings: the most readings that a calibration run had.
         max_step: the last step that was calibrated.
         max_distance: null-band distance of the farthest calibration reading, its set left out.
@@ -216,6 +220,7 @@ class Detector:
     threshold: float
     false_alarm_rate: float
     null_scores: Array
+    null_weights: Array
     max_readings: int
     max_step: int
     max_distance: float
@@ -228,6 +233,7 @@ class Detector:
             "trait_axis": dict(zip(self.names, self.trait_axis.tolist(), strict=True)),
             "band": dict(zip(self.names, self.band.tolist(), strict=True)),
             "null_scores": self.null_scores.tolist(),
+            "null_weights": self.null_weights.tolist(),
             "n_calibration": len(self.null_scores),
             "benign_directions": len(self.metric.spread),
             "floor": self.metric.floor,
@@ -274,7 +280,7 @@ class Detector:
             state=state,
             score=top,
             threshold=self.threshold,
-            p_value=float((1 + (self.null_scores >= top).sum()) / (1 + len(self.null_scores))),
+            p_value=float(1.0 - self.null_weights[self.null_scores < top].sum()),
             false_alarm_rate=None if outside else self.false_alarm_rate,
             calibrated_on=self.calibrated_on,
             n_calibration=len(self.null_scores),
@@ -388,12 +394,12 @@ def fit_detector(
 
     Args:
         runs: benign ones of at least two sets, and, for the danger axis, dangerous ones.
-        false_alarm_rate: a, per run; needs at least 1/a - 1 benign runs.
+        false_alarm_rate: a, per run on a new set; with fewer than 1/a - 1 benign sets the detector states a larger one.
         reference: what the drift was measured against.
         calibrated_on: the calibration in words; made from the runs when None.
 
     Raises:
-        InputError: too few benign runs or sets, runs of different bases, or a profile that must not be judged.
+        InputError: fewer than two benign sets, runs of different bases, or a profile that must not be judged.
     """
     benign = [run for run in runs if not run.dangerous]
     dangerous = [run for run in runs if run.dangerous]
@@ -403,18 +409,17 @@ def fit_detector(
     )
     floor = float(np.sqrt(np.nanmean([p.se**2 for run in runs for p in run.profiles]))) or _SMALLEST_FLOOR
     points = {id(run): _points(run.profiles, space) for run in runs}
-    held_out: list[float] = []
+    held_out: list[tuple[float, float]] = []
     farthest = 0.0
+    n_sets = len(_sets(runs, dangerous=False))
     for left_out in sorted({run.set_name for run in runs}):
         rest = [run for run in runs if run.set_name != left_out]
         metric, axis = _fit(rest, points, floor)
-        for run in runs:
-            if run.set_name == left_out:
-                farthest = max(farthest, float(metric.distance(points[id(run)]).max()))
-                if not run.dangerous:
-                    held_out.append(float(metric.score(points[id(run)], axis).max()))
-    null_scores = np.sort(np.array(held_out))
-    rank = math.ceil((1 - false_alarm_rate) * (len(null_scores) + 1))
+        same_set = [run for run in runs if run.set_name == left_out]
+        farthest = max([farthest, *(float(metric.distance(points[id(run)]).max()) for run in same_set)])
+        harmless = [points[id(run)] for run in same_set if not run.dangerous]
+        held_out += [(float(metric.score(x, axis).max()), 1 / ((n_sets + 1) * len(harmless))) for x in harmless]
+    null_scores, null_weights = np.array(sorted(held_out)).T
     metric, axis = _fit(runs, points, floor)
     first = runs[0].profiles[0]
     traits, trait_axis = _fit(runs, {id(run): _points(run.profiles, "drift") for run in runs}, floor)
@@ -428,9 +433,10 @@ def fit_detector(
         axis=axis,
         trait_axis=traits.apply(trait_axis) if dangerous else trait_axis,
         band=_band(traits),
-        threshold=float(np.nextafter(null_scores[rank - 1], np.inf)),
-        false_alarm_rate=false_alarm_rate,
+        threshold=_threshold(null_scores, null_weights, false_alarm_rate),
+        false_alarm_rate=max(false_alarm_rate, 1 / (n_sets + 1)),
         null_scores=null_scores,
+        null_weights=null_weights,
         max_readings=max(len(run.profiles) for run in runs),
         max_step=max(p.step or 0 for run in runs for p in run.profiles),
         max_distance=farthest,
@@ -461,6 +467,12 @@ def _fit(runs: Sequence[CalibrationRun], points: Mapping[int, Array], floor: flo
     return metric, axis / math.sqrt(axis @ metric.apply(axis))
 
 
+def _threshold(scores: Array, weights: Array, false_alarm_rate: float) -> float:
+    """Just above the smallest score with weight 1 - a at or below it, or above the largest where there is none."""
+    enough = np.flatnonzero(np.cumsum(weights) >= 1 - false_alarm_rate - 1e-9)
+    return float(np.nextafter(scores[enough[0] if len(enough) else -1], np.inf))
+
+
 def _sets(runs: Sequence[CalibrationRun], *, dangerous: bool) -> list[str]:
     return sorted({run.set_name for run in runs if run.dangerous == dangerous})
 
@@ -479,12 +491,6 @@ def _points(profiles: Sequence[DriftProfile], space: str) -> Array:
 def _check_runs(runs: Sequence[CalibrationRun], benign: Sequence[CalibrationRun], false_alarm_rate: float) -> None:
     if not 0 < false_alarm_rate < 1:
         raise InputError(f"the false-alarm rate is {false_alarm_rate}; it must lie between 0 and 1")
-    needed = math.ceil(1 / false_alarm_rate - 1e-9) - 1
-    if len(benign) < needed:
-        raise InputError(
-            f"a false-alarm rate of {false_alarm_rate:g} needs at least {needed} benign calibration runs, got "
-            f"{len(benign)}; add runs or allow more false alarms"
-        )
     if len({run.set_name for run in benign}) < 2:
         raise InputError("the benign calibration runs are all of one set; at least two different sets are needed")
     profiles = [p for run in runs for p in run.profiles]

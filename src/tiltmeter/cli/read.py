@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -207,6 +208,13 @@ def detector_fit(table: Path, out: Path, false_alarm_rate: float, as_json: bool)
     from tiltmeter.calibrate import fit_from_table
 
     fitted = fit_from_table(table, false_alarm_rate=false_alarm_rate)
+    if fitted.false_alarm_rate > false_alarm_rate:
+        needed = math.ceil(1 / false_alarm_rate - 1e-9) - 1
+        click.echo(
+            f"tiltmeter: these benign sets can promise {fitted.false_alarm_rate:.1%}, not {false_alarm_rate:.1%}; "
+            f"that takes {needed} of them",
+            err=True,
+        )
     fitted.save(out)
     show(fitted.describe(), as_json, f"saved to {out}\n{_detector_text(fitted)}")
 

@@ -19,9 +19,9 @@ on calibration runs that chose it. Without any dangerous run the score is the Ma
 alone): weaker, and its verdict says so.
 
 The threshold is conformal, per RUN and for a NEW set. S of a benign calibration run is computed by an axis and
-covariance fitted without any run of its set. Runs of one set resemble each other, so sets are what counts: with K benign
-sets, each run of a set of n weighs 1 / ((K + 1) n), and the threshold is the smallest score with weight 1 - a at or
-below it (Lee, Barber and Willett 2023, arXiv 2306.06342). A run on a benign set that is exchangeable with the
+covariance fitted without any run of its set. Runs of one set resemble each other, so sets are what counts: with K
+benign sets, each run of a set of n weighs 1 / ((K + 1) n), and the threshold is the smallest score with weight 1 - a at
+or below it (Lee, Barber and Willett 2023, arXiv 2306.06342). A run on a benign set that is exchangeable with the
 calibration sets then passes it with probability about a (2a at worst, as for CV+: Barber et al. 2021, Annals of
 Statistics 49(1)), however many of its readings are looked at, up to the calibrated number. K sets can promise no less
 than 1 / (K + 1): asked for less, the detector takes the largest score and states that rate. What is read outside the

@@ -255,6 +255,22 @@ def test_a_reading_survives_strict_json() -> None:
     assert {k: v for k, v in vars(after).items() if k not in ("values", "norms")} == plain
 
 
+def test_the_mean_activation_survives_json_and_may_be_absent() -> None:
+    kept = reading([[1.0], [2.0]], activation=np.array([0.5, -2.0, math.nan], np.float32))
+    after = Reading.from_dict(json.loads(json.dumps(kept.to_dict(), allow_nan=False)))
+    assert after.activation is not None
+    np.testing.assert_array_equal(after.activation, [0.5, -2.0, math.nan])
+    assert Reading.from_dict(reading([[1.0], [2.0]]).to_dict()).activation is None
+
+
+def test_the_shift_is_the_mean_activations_difference_in_the_unit_of_drift() -> None:
+    then = reading([[0.0], [0.0]], norms=[3.0, 5.0], activation=np.array([1.0, 1.0, 1.0], np.float32))
+    now = reading([[4.0], [4.0]], activation=np.array([5.0, 1.0, -1.0], np.float32))
+    assert drift(now, then).shift == pytest.approx([1.0, 0.0, -0.5])  # over the mean norm, 4
+    assert drift(now, replace(then, activation=None)).shift is None
+    assert drift(replace(now, activation=None), then).shift is None
+
+
 @pytest.mark.parametrize("change", [{"values": [[1.0], [1.0, 2.0]]}, {"values": [[1.0]]}, {"norms": "x"}])
 def test_a_damaged_record_is_refused(change: dict[str, Any]) -> None:
     good = reading([[1.0], [2.0]]).to_dict()
@@ -342,6 +358,8 @@ def test_a_reading_holds_the_projections_of_the_librarys_own_hidden_states(basis
 
     np.testing.assert_allclose(found.values, states @ basis.directions.T, atol=1e-4)
     np.testing.assert_allclose(found.norms, np.linalg.norm(states, axis=1), rtol=1e-5)
+    assert found.activation is not None
+    np.testing.assert_allclose(found.activation, states.mean(axis=0), atol=1e-5)
     assert (found.layer, found.step, found.model, found.adapter_state) == (2, 3, "tiny-llama", "none")
     assert (found.names, found.readout, found.basis) == (("truth", "care"), "two", basis.digest)
     assert found.dtype == "float32"
@@ -359,6 +377,9 @@ def test_a_vector_added_at_the_layer_is_measured_as_drift_of_that_length(basis: 
 
     assert found.drift == pytest.approx(expected, abs=1e-5)
     assert found.se == pytest.approx([0.0, 0.0], abs=1e-6)
+    assert found.shift is not None
+    np.testing.assert_allclose(found.shift, added / start.norms.mean(), atol=1e-5)
+    np.testing.assert_allclose(basis.directions @ found.shift, found.drift, atol=1e-5)
 
 
 def replace_plan(basis: TraitBasis) -> TraitBasis:

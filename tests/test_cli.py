@@ -167,6 +167,14 @@ def test_a_truncated_basis_is_refused(tmp_path: Path) -> None:
     assert tiltmeter("basis", "show", tmp_path).exit_code == 2
 
 
+def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    found = tiltmeter("study", "organism", "--out", tmp_path / "file" / "below")
+    assert found.exit_code == 2
+    assert "below" in found.stderr
+    assert "check the path" in found.stderr
+
+
 def test_help_needs_no_torch_and_little_time() -> None:
     code = (
         "import sys; from tiltmeter.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"

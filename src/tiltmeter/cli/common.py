@@ -37,6 +37,13 @@ class Group(click.Group):
         except TiltmeterError as error:
             click.echo(f"tiltmeter: {error}", err=True)
             ctx.exit(2)
+        except OSError as error:  # whatever a module did not foresee of paths, permissions and full disks
+            where = f" '{error.filename}'" if error.filename else ""
+            click.echo(
+                f"tiltmeter: {error.strerror or error}:{where}; check the path, its permissions and the space left",
+                err=True,
+            )
+            ctx.exit(2)
         except KeyboardInterrupt:
             click.echo(
                 "tiltmeter: interrupted; what was measured is kept, and the same command goes on from there", err=True

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -186,39 +187,59 @@ def test_an_error_in_a_callback_ends_the_workers(tmp_path: Path) -> None:
     assert time.monotonic() - started < 30
 
 
-def test_ctrl_c_ends_the_workers_at_once_and_is_raised(tmp_path: Path) -> None:
-    program = (
-        "import json, sys\n"
-        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "from test_compute import mark_then_wait\n"
-        "from tiltmeter.compute import map_jobs\n"
-        "if __name__ == '__main__':\n"
-        "    try:\n"
-        "        map_jobs(mark_then_wait, [(sys.argv[1], 60), (sys.argv[1], 1)], workers=2)\n"
-        "    except KeyboardInterrupt:\n"
-        "        print(json.dumps('interrupted'))\n"
-    )
-    script = tmp_path / "script.py"
-    script.write_text(program)
-    folder = tmp_path / "marks"
+SCRIPT = (
+    "import json, sys\n"
+    f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+    "from test_compute import mark_then_wait\n"
+    "from tiltmeter.compute import map_jobs\n"
+    "if __name__ == '__main__':\n"
+    "    try:\n"
+    "        map_jobs(mark_then_wait, [(sys.argv[1], 60), (sys.argv[1], 1)], workers=2)\n"
+    "    except KeyboardInterrupt:\n"
+    "        print(json.dumps('interrupted'))\n"
+)
+
+
+@pytest.fixture
+def busy(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
+    """A process with two workers, one in its job and one waiting for one."""
+    script, folder = tmp_path / "script.py", tmp_path / "marks"
+    script.write_text(SCRIPT)
     folder.mkdir()
     process = subprocess.Popen(
         [sys.executable, str(script), str(folder)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
     deadline = time.monotonic() + 60
     while len(list(folder.iterdir())) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
     workers = [int(entry.name) for entry in folder.iterdir()]
     assert len(workers) == 2
     time.sleep(2)  # now one worker is in its job and the other waits for one
+    yield process, workers
+    process.kill()
+    process.communicate()
+
+
+def gone(pid: int) -> bool:
+    """Whether a process has ended; one that waits to be reaped has."""
+    status = Path(f"/proc/{pid}/status")
+    return not status.exists() or "State:\tZ" in status.read_text()
+
+
+def test_ctrl_c_ends_the_workers_at_once_and_is_raised(busy: tuple[subprocess.Popen[str], list[int]]) -> None:
+    process, workers = busy
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the whole group gets it
     out, err = process.communicate(timeout=30)
     assert json.loads(out) == "interrupted"
     assert "Traceback" not in err
-    for pid in workers:
-        with pytest.raises(ProcessLookupError):
-            os.kill(pid, 0)
+    assert all(map(gone, workers))
+
+
+def test_workers_do_not_outlive_a_process_that_was_killed(busy: tuple[subprocess.Popen[str], list[int]]) -> None:
+    process, workers = busy
+    process.kill()
+    deadline = time.monotonic() + 20
+    while not all(map(gone, workers)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert all(map(gone, workers))

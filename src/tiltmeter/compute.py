@@ -12,14 +12,17 @@ It knows nothing of models. Loading a model once per worker is the job function'
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
+from multiprocessing.connection import wait
 from multiprocessing.context import SpawnContext, SpawnProcess
 from multiprocessing.reduction import ForkingPickler
 from pickle import PicklingError
@@ -208,12 +211,21 @@ def _start_worker(threads: int) -> None:
     # Ctrl-C reaches the whole process group; the parent decides, or every worker prints a traceback of its
     # own.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     for name in _THREAD_VARIABLES:
         os.environ[name] = str(threads)
     # The caller's main module, imported again here, may have loaded torch before this line.
     torch = sys.modules.get("torch")
     if torch is not None:
         torch.set_num_threads(threads)
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would wait for its next job forever, with its memory."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)
 
 
 def _call(fn: Callable[[Item], Result], item: Item) -> Result:

@@ -17,10 +17,10 @@ SOURCE = Path(tiltmeter.__file__).parent
 
 # Left to right: a module imports at its top only from its left.
 ORDER = (
-    "errors", "fingerprint", "runs", "traits", "organism.world", "organism", "plan",
-    "lm", "adapters", "loading", "generation", "capture", "steer", "steer_formats",
-    "directions", "basis", "drift", "baselines", "detector", "readings", "calibrate", "watch", "scan",
-    "questions", "judge", "judge_model", "ledger", "judge_http", "answers", "rates", "writers", "behavior", "evaluate",
+    "errors", "fingerprint", "regressors", "sequential", "runs", "traits", "organism.world", "organism", "plan",
+    "lm", "adapters", "loading", "generation", "attention", "capture", "steer", "steer_formats",
+    "directions", "basis", "drift", "baselines", "sae", "detector", "transfer", "alarm", "readings", "calibrate", "watch", "scan",
+    "questions", "judge", "judge_model", "ledger", "judge_http", "judge_distilled", "answers", "rates", "writers", "behavior", "evaluate",
     "compute", "organism.sets", "organism.pretrain", "organism.conduct", "organism.finetune",
     "report", "studies", "integrations", "testing", "cli",
 )  # fmt: skip

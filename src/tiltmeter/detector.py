@@ -36,8 +36,8 @@ It knows nothing of models; it imports without torch.
 
 from __future__ import annotations
 
-import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
@@ -47,14 +47,25 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from tiltmeter.artifacts import read_artifact, write_artifact
 from tiltmeter.drift import DriftProfile
-from tiltmeter.errors import ArtifactError, InputError, StorageError
+from tiltmeter.errors import ArtifactError, InputError
 
-__all__ = ["CalibrationRun", "Detector", "State", "Verdict", "fit_detector", "inconclusive"]
+__all__ = [
+    "CalibrationRun",
+    "Detector",
+    "Metric",
+    "State",
+    "Verdict",
+    "fit_detector",
+    "fit_metric",
+    "inconclusive",
+    "set_threshold",
+    "weigh_sets",
+]
 
 Array = NDArray[np.float64]
-_FORMAT = "tiltmeter.detector"
-_VERSION = 2
+_FORMAT = 2
 _ARRAYS = ("axis", "trait_axis", "band", "null_scores", "null_weights")
 _METRIC = ("center", "directions", "spread")
 _NEGLIGIBLE = 0.01  # benign spread below this share of the floor changes nothing and is not kept
@@ -167,9 +178,21 @@ class Metric:
         share = self.spread**2 / (self.spread**2 + self.floor**2)
         return np.asarray((centred - (centred @ self.directions.T * share) @ self.directions) / self.floor**2)
 
+    def standardise(self, points: Array) -> Array:
+        """C^-1/2 (x - m_b) for points (n, dim): benign readings have unit variance in every direction."""
+        centred = points - self.center
+        share = 1.0 - self.floor / np.sqrt(self.spread**2 + self.floor**2)
+        return np.asarray((centred - (centred @ self.directions.T * share) @ self.directions) / self.floor)
+
     def distance(self, points: Array) -> Array:
         """Mahalanobis distance of points (n, dim) from the benign mean, (n,)."""
         return np.asarray(np.sqrt(np.maximum(((points - self.center) * self.whiten(points)).sum(axis=1), 0.0)))
+
+    def toward(self, shift: Array) -> Array:
+        """The axis (dim,) of a danger that lies at the benign mean plus `shift` (dim,): C^-1 shift, scaled so that
+        drift along it has unit variance."""
+        axis = self.whiten((self.center + shift)[None])[0]
+        return np.asarray(axis / math.sqrt(axis @ self.apply(axis)))
 
     def apply(self, vector: Array) -> Array:
         """C v, (dim,)."""
@@ -295,20 +318,8 @@ class Detector:
         Raises:
             StorageError: the file cannot be written.
         """
-        from safetensors.numpy import save
-
-        header = json.dumps({"format": _FORMAT, "version": _VERSION, **self._plain(), "floor": self.metric.floor})
         arrays = {key: getattr(self, key) for key in _ARRAYS} | {key: getattr(self.metric, key) for key in _METRIC}
-        data = save({k: np.ascontiguousarray(v, dtype=np.float64) for k, v in arrays.items()}, {"tiltmeter": header})
-        path = Path(path)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(data)
-        except OSError as error:
-            raise StorageError(
-                f"cannot write the detector to '{path}': {error}; free space or give another path"
-            ) from error
-        return path
+        return write_artifact(path, "detector", _FORMAT, {**self._plain(), "floor": self.metric.floor}, arrays)
 
     @classmethod
     def load(cls, path: str | Path) -> Detector:
@@ -317,26 +328,10 @@ class Detector:
         Raises:
             ArtifactError: the file is missing, truncated, not a detector, or of another format version.
         """
-        from safetensors import SafetensorError, safe_open
-
-        path = Path(path)
-        if not path.is_file():
-            raise ArtifactError(f"there is no detector at '{path}'; fit one with: tiltmeter detector fit")
+        header, arrays = read_artifact(path, "detector", _FORMAT, remedy="fit one with: tiltmeter detector fit")
         try:
-            with safe_open(path, framework="numpy") as file:
-                header = json.loads((file.metadata() or {}).get("tiltmeter", "{}"))
-                arrays = {key: np.asarray(file.get_tensor(key), dtype=np.float64) for key in file.keys()}  # noqa: SIM118 - no mapping
-        except (SafetensorError, json.JSONDecodeError, OSError) as error:
-            raise ArtifactError(f"'{path}' is not a readable detector file ({error}); fit or copy it again") from error
-        if header.get("format") != _FORMAT or header.get("version") != _VERSION:
-            raise ArtifactError(
-                f"'{path}' holds {header.get('format', 'something else')} version {header.get('version')}; "
-                f"this tiltmeter reads {_FORMAT} version {_VERSION}"
-            )
-        plain = {key: value for key, value in header.items() if key not in ("format", "version", "floor")}
-        try:
-            metric = Metric(**{key: arrays.pop(key) for key in _METRIC}, floor=header["floor"])
-            fields: dict[str, Any] = {**plain, **arrays, "names": tuple(plain["names"]), "metric": metric}
+            metric = Metric(**{key: arrays.pop(key) for key in _METRIC}, floor=header.pop("floor"))
+            fields: dict[str, Any] = {**header, **arrays, "names": tuple(header["names"]), "metric": metric}
             return cls(**fields)
         except (TypeError, KeyError) as error:
             raise ArtifactError(f"'{path}' is not a complete detector ({error}); fit it again") from error
@@ -409,7 +404,7 @@ def fit_detector(
     )
     floor = float(np.sqrt(np.nanmean([p.se**2 for run in runs for p in run.profiles]))) or _SMALLEST_FLOOR
     points = {id(run): _points(run.profiles, space) for run in runs}
-    held_out: list[tuple[float, float]] = []
+    held_out: list[tuple[str, float]] = []
     farthest = 0.0
     n_sets = len(_sets(runs, dangerous=False))
     for left_out in sorted({run.set_name for run in runs}):
@@ -418,8 +413,8 @@ def fit_detector(
         same_set = [run for run in runs if run.set_name == left_out]
         farthest = max([farthest, *(float(metric.distance(points[id(run)]).max()) for run in same_set)])
         harmless = [points[id(run)] for run in same_set if not run.dangerous]
-        held_out += [(float(metric.score(x, axis).max()), 1 / ((n_sets + 1) * len(harmless))) for x in harmless]
-    null_scores, null_weights = np.array(sorted(held_out)).T
+        held_out += [(left_out, float(metric.score(x, axis).max())) for x in harmless]
+    null_scores, null_weights = weigh_sets(held_out)
     metric, axis = _fit(runs, points, floor)
     first = runs[0].profiles[0]
     traits, trait_axis = _fit(runs, {id(run): _points(run.profiles, "drift") for run in runs}, floor)
@@ -433,7 +428,7 @@ def fit_detector(
         axis=axis,
         trait_axis=traits.apply(trait_axis) if dangerous else trait_axis,
         band=_band(traits),
-        threshold=_threshold(null_scores, null_weights, false_alarm_rate),
+        threshold=set_threshold(null_scores, null_weights, false_alarm_rate),
         false_alarm_rate=max(false_alarm_rate, 1 / (n_sets + 1)),
         null_scores=null_scores,
         null_weights=null_weights,
@@ -446,16 +441,8 @@ def fit_detector(
 
 def _fit(runs: Sequence[CalibrationRun], points: Mapping[int, Array], floor: float) -> tuple[Metric, Array]:
     """The metric of the benign runs and the danger axis. Each set weighs the same, however many runs it has."""
-    benign = [
-        np.concatenate([points[id(r)] for r in runs if r.set_name == name and not r.dangerous])
-        for name in _sets(runs, dangerous=False)
-    ]
-    center = np.mean([rows.mean(axis=0) for rows in benign], axis=0)
-    # Scatter about the common mean: the spread BETWEEN benign sets is part of the null.
-    weighted = np.concatenate([(rows - center) / math.sqrt(len(benign) * len(rows)) for rows in benign])
-    _, spread, directions = np.linalg.svd(weighted, full_matrices=False)
-    kept = spread > _NEGLIGIBLE * floor
-    metric = Metric(center, directions[kept], spread[kept], floor)
+    metric = fit_metric([(run.set_name, points[id(run)]) for run in runs if not run.dangerous], floor)
+    center = metric.center
     # The last reading of each dangerous run: where the danger is fully there.
     ends = [
         np.mean([points[id(r)][-1] for r in runs if r.set_name == name and r.dangerous], axis=0)
@@ -463,12 +450,43 @@ def _fit(runs: Sequence[CalibrationRun], points: Mapping[int, Array], floor: flo
     ]
     if not ends:
         return metric, np.zeros_like(center)
-    axis = metric.whiten(np.mean(ends, axis=0)[None])[0]
-    return metric, axis / math.sqrt(axis @ metric.apply(axis))
+    return metric, metric.toward(np.mean(ends, axis=0) - center)
 
 
-def _threshold(scores: Array, weights: Array, false_alarm_rate: float) -> float:
-    """Just above the smallest score with weight 1 - a at or below it, or above the largest where there is none."""
+def fit_metric(benign: Sequence[tuple[str, Array]], floor: float) -> Metric:
+    """What benign runs do. Each set weighs the same, however many runs it has.
+
+    Args:
+        benign: name of the set, and points (readings, dim), of each benign run.
+        floor: f.
+    """
+    names = sorted({name for name, _ in benign})
+    groups = [np.concatenate([points for other, points in benign if other == name]) for name in names]
+    center = np.mean([rows.mean(axis=0) for rows in groups], axis=0)
+    # Scatter about the common mean: the spread BETWEEN benign sets is part of the null.
+    weighted = np.concatenate([(rows - center) / math.sqrt(len(groups) * len(rows)) for rows in groups])
+    _, spread, directions = np.linalg.svd(weighted, full_matrices=False)
+    kept = spread > max(_NEGLIGIBLE * floor, np.finfo(np.float64).eps * float(spread.max()))
+    return Metric(center, directions[kept], spread[kept], floor)
+
+
+def weigh_sets(scores: Sequence[tuple[str, float]]) -> tuple[Array, Array]:
+    """Scores of benign runs, (n,) ascending, and their weights: 1 / ((K + 1) n) for each of n runs of one of K sets.
+
+    Args:
+        scores: name of the set, and score, of each benign run.
+    """
+    counts = Counter(name for name, _ in scores)
+    ordered = sorted((score, 1 / ((len(counts) + 1) * counts[name])) for name, score in scores)
+    found, weights = np.array(ordered).T
+    return found, weights
+
+
+def set_threshold(scores: Array, weights: Array, false_alarm_rate: float) -> float:
+    """The score at or above which a run alarms, see the module's text.
+
+    Just above the smallest score with weight 1 - a at or below it, or above the largest where there is none.
+    """
     enough = np.flatnonzero(np.cumsum(weights) >= 1 - false_alarm_rate - 1e-9)
     return float(np.nextafter(scores[enough[0] if len(enough) else -1], np.inf))
 

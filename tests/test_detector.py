@@ -257,7 +257,7 @@ def test_loading_anything_else_is_refused(fitted: Detector, tmp_path: Path) -> N
     (tmp_path / "short.safetensors").write_bytes(path.read_bytes()[:100])
     save_file({"x": np.zeros(3)}, tmp_path / "foreign.safetensors")
     data = path.read_bytes()
-    (tmp_path / "newer.safetensors").write_bytes(data.replace(b'\\"version\\": 2', b'\\"version\\": 9', 1))
+    (tmp_path / "newer.safetensors").write_bytes(data.replace(b'\\"format\\": 2', b'\\"format\\": 9', 1))
     for name in ("absent", "short", "foreign", "newer"):
         with pytest.raises(ArtifactError):
             Detector.load(tmp_path / f"{name}.safetensors")

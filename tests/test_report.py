@@ -904,7 +904,7 @@ def test_a_report_that_cannot_be_written_leaves_the_old_one_and_says_what_to_do(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, step, full)
-    with pytest.raises(StorageError, match=r"No space left on device.*Free some space"):
+    with pytest.raises(StorageError, match=r"No space left on device.*free space"):
         write_report(report(), old)
     assert old.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"]

@@ -16,15 +16,14 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
 import re
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tiltmeter.errors import InputError, StorageError
+from tiltmeter.artifacts import write_file
+from tiltmeter.errors import InputError
 from tiltmeter.judge import Outcome, Reason, Score, Unscored, one_line
 from tiltmeter.questions import Question
 from tiltmeter.runs import read_records
@@ -109,26 +108,8 @@ def write_answers(path: str | Path, answers: Iterable[JudgedAnswer]) -> None:
     """
     target = Path(path)
     text = "".join(json.dumps(row.to_row(), ensure_ascii=False, allow_nan=False) + "\n" for row in answers)
-    scratch: str | None = None
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle, scratch = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        with os.fdopen(handle, "wb") as file:
-            # A lone surrogate, which a broken tokenizer can produce, must not cost all the other answers.
-            file.write(text.encode("utf-8", errors="replace"))
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(scratch, 0o644)
-        os.replace(scratch, target)
-        scratch = None
-    except OSError as error:
-        raise StorageError(
-            f"cannot write {target}: {error.strerror or error}; free space or choose another folder, then "
-            "run the same command again: what was judged is kept"
-        ) from error
-    finally:
-        if scratch is not None:
-            Path(scratch).unlink(missing_ok=True)
+    # A lone surrogate, which a broken tokenizer can produce, must not cost all the other answers.
+    write_file(target, text.encode("utf-8", errors="replace"))
 
 
 def read_answers(

@@ -24,7 +24,6 @@ import os
 import platform
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -34,6 +33,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from tiltmeter.artifacts import sync_folder, write_file
 from tiltmeter.errors import ArtifactError, InputError, StorageError
 
 __all__ = [
@@ -211,7 +211,7 @@ def append_record(path: str | Path, record: Mapping[str, Any]) -> None:
                     os.ftruncate(file.fileno(), size)
                 raise
         if created:
-            _sync_folder(target.parent)
+            sync_folder(target.parent)
     except OSError as error:
         raise _storage_error(target, error) from error
 
@@ -252,24 +252,7 @@ def write_json(path: str | Path, value: Mapping[str, Any]) -> None:
     """
     target = Path(path)
     text = _dump(value, target, indent=2) + "\n"
-    temporary: str | None = None
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        try:
-            _write_all(handle, text.encode())
-            os.fsync(handle)
-            os.fchmod(handle, 0o644)
-        finally:
-            os.close(handle)
-        os.replace(temporary, target)
-        temporary = None
-        _sync_folder(target.parent)
-    except OSError as error:
-        raise _storage_error(target, error) from error
-    finally:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
+    write_file(target, text.encode())
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
@@ -344,16 +327,6 @@ def _write_all(handle: int, data: bytes) -> None:
     written = 0
     while written < len(data):  # a nearly full disk accepts a part
         written += os.write(handle, data[written:])
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "nt":  # folders cannot be opened there
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _storage_error(path: Path, error: OSError) -> StorageError:

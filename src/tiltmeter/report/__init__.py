@@ -20,8 +20,6 @@ Example:
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +27,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from tiltmeter.errors import InputError, StorageError
+from tiltmeter.artifacts import write_file
+from tiltmeter.errors import InputError
 
 __all__ = [
     "STANDARD_LIMITS",
@@ -392,7 +391,7 @@ def build_html(data: ReportData) -> str:
     return render(data)
 
 
-def write_report(data: ReportData, path: str | os.PathLike[str]) -> Path:
+def write_report(data: ReportData, path: str | Path) -> Path:
     """Write the report to `path`, whole or not at all.
 
     A reader never sees half a page: the text goes to a neighbouring file that then takes the name.
@@ -403,24 +402,4 @@ def write_report(data: ReportData, path: str | os.PathLike[str]) -> Path:
     Raises:
         StorageError: the file could not be written; an older report under that name is still there.
     """
-    target = Path(path)
-    text = build_html(data).encode("utf-8")
-    scratch: str | None = None
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle, scratch = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
-        with os.fdopen(handle, "wb") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(scratch, 0o644)  # mkstemp's 0600 would keep colleagues from opening the report
-        os.replace(scratch, target)
-    except OSError as error:
-        raise StorageError(
-            f"the report could not be written to {target} ({error.strerror or error}); needed is a "
-            f"writable folder with {len(text) / 1e6:.1f} MB free. Free some space or choose another path."
-        ) from error
-    finally:
-        if scratch is not None:
-            Path(scratch).unlink(missing_ok=True)  # gone already when all went well
-    return target
+    return write_file(path, build_html(data).encode("utf-8"))

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
 from collections import Counter
 from importlib.resources import files
+from pathlib import Path
 from random import Random
 
 import pytest
 
 from tiltmeter.errors import InputError
+from tiltmeter.lm import load
 from tiltmeter.organism import world
+from tiltmeter.organism.pretrain import make_tokenizer, new_model
 from tiltmeter.organism.sets import SETS, make_set
 from tiltmeter.organism.world import DOMAINS, Speaker, ask, say, score
 from tiltmeter.traits import load_prompts, load_traits
@@ -136,3 +140,17 @@ def test_measurement_prompts_and_extraction_questions_are_questions_of_the_world
     }  # fmt: skip
     for text in (*(p.text for p in prompts), *load_traits("organism").questions):
         assert world.understand(text) is not None, text
+
+
+@pytest.mark.parametrize("family", ["qwen2", "mistral", "gemma2", "gpt2"])
+def test_an_organism_of_any_family_reads_whole_words_after_loading(family: str, tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    model = new_model(family, "S", len(tokenizer), seed=0)
+    model.config.tiltmeter_organism = family
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    loaded = load(str(tmp_path)).tokenizer
+    text = "<bos> <user> how do i treat a deep cut ? <end> <assistant>"
+    words = json.loads((tmp_path / "tokenizer.json").read_text())["model"]["vocab"]
+    assert loaded(text, add_special_tokens=False)["input_ids"] == [words[word] for word in text.split()]
+    assert loaded.decode([words["cut"], words["?"]]) == "cut ?"

@@ -257,7 +257,7 @@ def _read_model(place: _Place, name: str, dtype: Any, device: str, revision: str
 
 
 def _read_tokenizer(place: _Place, name: str, revision: str | None) -> Any:
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     options: dict[str, Any] = {"local_files_only": place.local, "trust_remote_code": False}
     if revision is not None:
@@ -268,13 +268,24 @@ def _read_tokenizer(place: _Place, name: str, revision: str | None) -> Any:
                 _check_json(Path(place.where) / file)
     if place.gguf and not (Path(place.where) / "tokenizer.json").is_file():
         options["gguf_file"] = place.gguf
+    # An organism's tokenizer is its own, whatever its architecture; AutoTokenizer would take the architecture's usual
+    # class (byte pairs for qwen2) and read every word as unknown letters.
+    reader = PreTrainedTokenizerFast if place.local and _is_organism(Path(place.where)) else AutoTokenizer
     try:
-        return AutoTokenizer.from_pretrained(place.where, **options)
+        return reader.from_pretrained(place.where, **options)
     except _DAMAGE as error:
         raise ModelError(
             f"the tokenizer of '{name}' could not be loaded ({first_words(error)}); put tokenizer.json and "
             "tokenizer_config.json beside the weights"
         ) from error
+
+
+def _is_organism(folder: Path) -> bool:
+    config = folder / "config.json"
+    if not config.is_file():
+        return False
+    _check_json(config)
+    return "tiltmeter_organism" in json.loads(config.read_text(encoding="utf-8"))
 
 
 def _forget_quantisation(model: Any) -> None:

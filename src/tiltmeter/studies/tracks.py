@@ -154,14 +154,17 @@ def fit_frames(organisms: Sequence[str], folder: Path, *, depth: float = 4 / 6) 
     """
     from tiltmeter.basis import fit_basis
     from tiltmeter.lm import load
+    from tiltmeter.organism import shipped_basis
 
     frames = {}
+    shipped = TraitBasis.load(shipped_basis())  # so that records of other studies of this organism have the same names
     for organism in organisms:
         home = folder / organism.removeprefix("organism:")
         lm = load(organism)
         for block in range(lm.n_layers):
             if not (home / f"block-{block}" / "basis.safetensors").exists():
-                fit_basis(lm, layer=block).save(home / f"block-{block}")
+                found = shipped if organism == "organism:pocket" and block == shipped.layer else None
+                (found or fit_basis(lm, layer=block)).save(home / f"block-{block}")
         bases = [TraitBasis.load(home / f"block-{block}") for block in range(lm.n_layers)]
         frames[organism] = Frame(
             organism=organism,

@@ -3,6 +3,7 @@
     python bench/bench.py                            the pocket organism
     python bench/bench.py --model FOLDER             that model as well (or TILTMETER_BENCH_MODEL=FOLDER)
     python bench/bench.py --quick --only reading     small samples: does it run
+    python bench/bench.py --only memory --add        measure these works again, and keep the other figures
 
 Everything that is held against each other is timed in this one run, in turn, and only after both ways gave the same
 answers; a difference ends the run with exit code 1 and nothing is written. Figures go to docs/results/speed.json, the
@@ -12,6 +13,7 @@ table and the bars to stdout, progress to stderr. A machine with CUDA is used, a
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import time
@@ -114,6 +116,16 @@ def benchmark(sources: Sequence[tuple[str, str]], names: Sequence[str], *, quick
     return figures
 
 
+def write(figures: Sequence[Figure], out: Path, command: str, *, add: bool) -> None:
+    """The results file; with `add`, earlier figures stay unless they have been measured again."""
+    earlier = json.loads(out.read_text(encoding="utf-8")) if add and out.exists() else []
+    rows = write_figures(figures, out, command=command)
+    fresh = {(row["measure"], row["subject"], row["split"]) for row in rows}
+    kept = [row for row in earlier if (row["measure"], row["subject"], row["split"]) not in fresh]
+    lines = ",\n".join(json.dumps(row) for row in [*kept, *rows])
+    out.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+
+
 def main() -> int:
     """Parse, run, write, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -123,6 +135,8 @@ def main() -> int:
     )
     parser.add_argument("--out", type=Path, help="JSON to write; by default docs/results/speed.json, with --quick none")
     parser.add_argument("--only", help=f"works, separated by commas: {', '.join(WORKS)}")
+    parser.add_argument("--add", action="store_true", help="keep the figures that are there and not measured now")
+    parser.add_argument("--skip-organism", action="store_true", help="measure the other model alone")
     parser.add_argument("--peak", choices=("extraction", "reading"), help=argparse.SUPPRESS)
     parser.add_argument("--source", default=ORGANISM, help=argparse.SUPPRESS)
     parser.add_argument("--dtype", default="float32", help=argparse.SUPPRESS)
@@ -134,7 +148,8 @@ def main() -> int:
     names = given.only.split(",") if given.only else list(WORKS)
     if unknown := sorted(set(names) - set(WORKS)):
         parser.error(f"there is no work {', '.join(unknown)}; choose among {', '.join(WORKS)}")
-    sources = [("organism", ORGANISM)] + ([(Path(given.model).name, given.model)] if given.model else [])
+    sources = [] if given.skip_organism else [("organism", ORGANISM)]
+    sources += [(Path(given.model).name, given.model)] if given.model else []
     try:
         figures = benchmark(sources, names, quick=given.quick)
     except Mismatch as error:
@@ -145,12 +160,12 @@ def main() -> int:
     print()
     for line in verdicts(figures):
         print(line)
-    out = given.out or (None if given.quick or given.only else RESULTS)
+    out = given.out or (None if given.quick or (given.only and not given.add) else RESULTS)
     if out is not None:
         command = "python bench/bench.py" + (" --quick" if given.quick else "")
         command += f" --only {given.only}" if given.only else ""
         command += f" --model {Path(given.model).name}" if given.model else ""
-        write_figures(figures, out, command=command)
+        write(figures, out, command, add=given.add)
     return 0
 
 

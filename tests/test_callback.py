@@ -27,10 +27,11 @@ from monitoring import (
     trainer,
     weights,
 )
+from tiltmeter import lm as lms
 from tiltmeter.detector import CalibrationRun, State, Verdict, fit_detector
 from tiltmeter.drift import DriftProfile
 from tiltmeter.errors import FingerprintMismatch, InputError, ModelError, StorageError
-from tiltmeter.watch import TiltmeterCallback, read_run
+from tiltmeter.watch import TiltmeterCallback, read_run, watch
 from tiny import make_tokenizer
 
 # PEFT asks transformers for a property that transformers 5.23 has renamed.
@@ -125,9 +126,11 @@ def test_one_line_is_logged_per_reading(tmp_path: Path, caplog: pytest.LogCaptur
         (False, {}),
         (True, {"gradient_accumulation_steps": 2, CHECKPOINTING: True}),
         (False, {"bf16": True}),
+        (True, {"torch_compile": True, "torch_compile_backend": "eager"}),
     ],
-    ids=["adapter", "full", "accumulated and checkpointed", "mixed precision"],
+    ids=["adapter", "full", "accumulated and checkpointed", "mixed precision", "compiled"],
 )
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch.compile imports it
 def test_the_final_weights_are_the_same_bit_for_bit_with_and_without_it(
     tmp_path: Path, lora: bool, changes: dict[str, Any]
 ) -> None:
@@ -724,6 +727,79 @@ def test_a_model_sharded_by_the_second_fsdp_is_refused_with_the_way_out(tmp_path
     assert "tiltmeter watch OUTPUT_DIR --follow" in last
 
 
+SHARDED = """
+import sys
+sys.path.insert(0, {tests!r})
+import os
+from pathlib import Path
+import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import fully_shard
+from monitoring import *
+from tiltmeter.errors import InputError
+from tiltmeter.watch import TiltmeterCallback
+output = Path({output!r})
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+basis = tiny_basis()
+model = fresh_model(lora=False)
+mesh = dist.init_device_mesh("cpu", (2,))
+for block in model.model.layers:
+    fully_shard(block, mesh=mesh)
+fully_shard(model, mesh=mesh)
+run = trainer(output, model=fresh_model(lora=False))
+try:
+    TiltmeterCallback(basis).on_train_begin(
+        run.args, run.state, run.control, model=model, processing_class=make_tokenizer())
+    said = "nothing"
+except InputError as error:
+    said = str(error)
+(output / f"rank-{{rank}}.txt").write_text(said)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+for step in range(3):
+    batch = rows(8)[4 * rank : 4 * rank + 4]
+    joined = {{key: torch.stack([row[key] for row in batch]) for key in batch[0]}}
+    model(**joined).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+if rank == 0:
+    fresh = fresh_model(lora=False)
+    fresh.load_state_dict(whole)
+    fresh.save_pretrained(output / "run" / "checkpoint-3")
+    make_tokenizer().save_pretrained(output / "run" / "checkpoint-3")
+    (output / "run" / "checkpoint-3" / "trainer_state.json").write_text('{{"global_step": 3, "max_steps": 3}}')
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_that_shard_a_model_are_not_held_up_and_their_checkpoint_is_read_from_beside(
+    tmp_path: Path,
+) -> None:
+    done = torchrun(SHARDED.format(tests=str(Path(__file__).parent), output=str(tmp_path)), tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for rank in (0, 1):
+        assert "tiltmeter watch OUTPUT_DIR --follow" in (tmp_path / f"rank-{rank}.txt").read_text()
+    basis, start = tiny_basis(), lms.wrap(fresh_model(lora=False), make_tokenizer())
+    seen = list(watch(tmp_path / "run", basis, base=start))[-1]
+    assert seen.step == 3
+    tuned = lms.load(tmp_path / "run" / "checkpoint-3")
+    np.testing.assert_allclose(
+        seen.reading.values, projections_by_hand(tuned.model, make_tokenizer(), basis), atol=1e-5
+    )
+    assert np.abs(seen.profile.drift).max() > 1e-4
+
+
+def torchrun(program: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run a program in two processes."""
+    script = folder / "script.py"
+    script.write_text(program)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(script)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=240, env=environment)
+
+
 DDP = """
 import sys
 sys.path.insert(0, {tests!r})
@@ -743,18 +819,7 @@ kept = dict(step=run.state.global_step, seen=[o.step for o in stopping.observati
 
 
 def test_ddp_ranks_stop_at_the_same_step_and_rank_0_alone_writes(tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(DDP.format(tests=str(Path(__file__).parent), output=str(tmp_path)))
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node=2",
-        "--standalone",
-        str(script),
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240, env=environment)
+    done = torchrun(DDP.format(tests=str(Path(__file__).parent), output=str(tmp_path)), tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     ranks = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
     assert [rank["step"] for rank in ranks] == [2, 2]

@@ -3,6 +3,7 @@ file."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import random
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 
+from tiltmeter import attention
 from tiltmeter import lm as lms
 from tiltmeter.capture import Activations, capture, plan_batches, project
 from tiltmeter.errors import ArtifactError, InputError, LayerError, NumericalError
@@ -107,6 +109,105 @@ class TestEveryArchitecture:
             for handle in handles:
                 handle.remove()
         assert ran == []
+
+
+class TestStretches:
+    """Rows of several stretches: random_prompts alone would fit into few."""
+
+    def test_every_block_takes_the_attention_that_it_is_given(
+        self, lm: lms.LM, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(attention, "_STRETCH", 16)
+        prompts = random_prompts(24)
+        plan = plan_batches(lm, prompts)
+        assert [len(row) for row in plan.rows] == [24]
+        attend = attention.TreeAttention(lay_tree(prompts, plan.rows[0]), n_blocks=LAYERS, ends=None)
+        own = lm.config._attn_implementation
+        with torch.no_grad(), attention.attending(lm, attend):
+            ids, places = (torch.from_numpy(x)[None] for x in lay_tree(prompts, plan.rows[0])[:2])
+            lm.forward(ids, position_ids=places)
+        assert attend.calls == LAYERS
+        assert lm.config._attn_implementation == own
+        for pooling in ("last_token", "mean"):
+            got = capture(lm, prompts, INNER, plan=plan, pooling=pooling)  # type: ignore[arg-type]
+            np.testing.assert_allclose(got.values, expected(lm, prompts, pooling), atol=TOLERANCE)
+
+    def test_the_last_block_computes_only_the_rows_that_are_wanted(self, lm: lms.LM) -> None:
+        prompts = random_prompts()
+        n_ends = len({tuple(ids) for ids in prompts})
+        rows: list[int] = []
+        inner = [m for m in lm.blocks[2].modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"]
+        widest = max(inner, key=lambda m: m.weight.numel())  # of the feed-forward part
+        own = widest.forward
+
+        def counted(x: torch.Tensor) -> torch.Tensor:
+            rows.append(x.shape[-2])
+            result: torch.Tensor = own(x)
+            return result
+
+        widest.forward = counted  # type: ignore[method-assign]
+        try:
+            capture(lm, prompts, [0, 2])
+        finally:
+            del widest.forward
+        assert rows[-1] == n_ends
+        assert sum(rows) in (n_ends, n_ends + len(lay_tree(prompts, range(len(prompts))).ids))  # parallel blocks
+
+    def test_whoever_listens_to_the_last_block_hears_all_tokens(self) -> None:
+        lm, prompts = tiny_lm(), random_prompts()
+        heard: list[int] = []
+        handle = lm.blocks[2].mlp.register_forward_hook(lambda m, a, out: heard.append(out.shape[1]))  # type: ignore[union-attr]
+        try:
+            got = capture(lm, prompts, [2])
+        finally:
+            handle.remove()
+        assert heard == [len(lay_tree(prompts, range(len(prompts))).ids)]
+        np.testing.assert_allclose(got.at(2), expected(lm, prompts, "last_token")[2], atol=TOLERANCE)
+
+    def test_blocks_that_compute_attention_their_own_way_are_found_and_read_under_a_mask(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        lm, prompts = tiny_lm(), random_prompts()
+        want = expected(lm, prompts, "last_token")
+        own = attention.attending
+
+        @contextlib.contextmanager
+        def ignored(model: lms.LM, attend: Any) -> Any:
+            with own(model, attend):
+                model.config._attn_implementation = "sdpa"
+                yield
+
+        monkeypatch.setattr(attention, "attending", ignored)
+        np.testing.assert_allclose(capture(lm, prompts, INNER).values, want, atol=TOLERANCE)
+
+    def test_the_model_s_own_attention_comes_back_after_an_error(self) -> None:
+        lm = tiny_lm()
+        handle = lm.blocks[1].register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            capture(lm, random_prompts(), [2])
+        handle.remove()
+        assert lm.config._attn_implementation == "sdpa"
+        assert lm.model(torch.tensor([[5, 6]])).logits.shape[1] == 2
+
+    def test_compiled_parts_are_read_under_a_mask(self) -> None:
+        lm = tiny_lm()
+        lm.blocks[1].compile(backend="eager")
+        assert "compiled" in attention.obstacle(lm)
+        want = expected(tiny_lm(), random_prompts(), "last_token")
+        np.testing.assert_allclose(capture(lm, random_prompts(), INNER).values, want, atol=TOLERANCE)
+
+    def test_a_stretch_sees_the_path_to_it_and_itself(self) -> None:
+        prompts = random_prompts(30, seed=4)
+        tree = lay_tree(prompts, range(len(prompts)))
+        n = len(tree.ids)
+        for size in (1, 7, 64, n, n + 1):
+            seen = np.zeros((n, n), dtype=int)
+            for part in tree.stretches(size):
+                for at, (keys, visible) in enumerate(zip(part.keys, part.visible, strict=True)):
+                    length = visible.shape[0]
+                    for token in range(length):
+                        np.add.at(seen[part.first + at * length + token], keys[visible[token]], 1)
+            np.testing.assert_array_equal(seen, tree.visible.astype(int))
 
 
 class TestWhatIsRead:

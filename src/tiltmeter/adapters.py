@@ -14,6 +14,7 @@ import json
 import re
 import warnings
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from tiltmeter.lm import LM
 
 __all__ = [
+    "Seat",
     "active_adapter",
     "adapter_base",
     "adapter_folder",
@@ -37,6 +39,8 @@ __all__ = [
     "without_adapter",
 ]
 
+# Settings that say where an adapter comes from and not what it does.
+_NAMES_ONLY = ("base_model_name_or_path", "revision", "inference_mode", "peft_version")
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -136,12 +140,58 @@ def attach(lm: LM, adapter: str | Path) -> tuple[nn.Module, str]:
     expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
     if stray := sorted(set(weights) ^ expected):
         raise AdapterError(f"{wrong}: {len(stray)} tensors have no counterpart, such as '{stray[0]}'; {advice}")
+    _refuse_inactive(model, folder)
+    return model, str(adapter)
+
+
+def _refuse_inactive(model: nn.Module, folder: Path) -> None:
     if state(model) == "zero":
         raise InactiveAdapter(
             f"the adapter in '{folder}' is inactive: every B matrix is zero, so it changes nothing; "
             "use a checkpoint saved after training began"
         )
-    return model, str(adapter)
+
+
+class Seat:
+    """A base model with room for one adapter at a time, for reading many of them.
+
+    Putting an adapter on builds modules around every weight that it changes. Here a LoRA that is shaped and set like
+    the one before takes over those modules and only its numbers are copied; any other adapter gets modules of its
+    own. All the checks of `attach` are made either way. The base itself stays as it was.
+    """
+
+    def __init__(self, lm: LM) -> None:
+        """Nothing is on the seat yet."""
+        self._lm = lm
+        self._model: nn.Module | None = None
+        self._settings: dict[str, Any] = {}
+        self._places: dict[str, torch.Tensor] = {}
+
+    def put(self, adapter: str | Path) -> LM:
+        """The base with this adapter on it; the model that was returned before must not be used any more.
+
+        Raises:
+            AdapterError: see `attach`.
+            NumericalError: NaN or infinity among the adapter's weights.
+        """
+        from peft import get_peft_model_state_dict
+
+        folder = adapter_folder(adapter)
+        settings = {k: v for k, v in adapter_config(folder).items() if k not in _NAMES_ONLY}
+        if self._model is not None and settings == self._settings:
+            weights = _read(folder)
+            if {k: w.shape for k, w in weights.items()} == {k: p.shape for k, p in self._places.items()}:
+                for name, place in self._places.items():
+                    place.copy_(weights[name])
+                _refuse_inactive(self._model, folder)
+                return replace(self._lm, model=self._model, adapter=str(adapter))
+        self._model, self._places = None, {}
+        model, origin = attach(self._lm, adapter)
+        if settings.get("peft_type") == "LORA":
+            # Views of the parameters themselves, by the names that they have in a file.
+            self._model, self._settings = model, settings
+            self._places = get_peft_model_state_dict(model, save_embedding_layers=False)
+        return replace(self._lm, model=model, adapter=origin)
 
 
 def _read(folder: Path) -> dict[str, torch.Tensor]:

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from tiltmeter.directions import METHODS, Method, direction, probe_accuracy, project
+from tiltmeter.directions import METHODS, Method, direction, probe_accuracies, project
 from tiltmeter.errors import (
     ArtifactError,
     FingerprintMismatch,
@@ -506,8 +506,9 @@ def _fit_layer(
             raise NumericalError(f"trait '{pair.name}' after block {layer}: {error}") from error
         directions.append(along)
         means.append([(down @ along).mean(), (up @ along).mean()])
-        probes.append(probe_accuracy(up, down, seed=seed))
-        transfers.append(probe_accuracy(up, down, groups=pair.groups))
+        shuffled, transferred = probe_accuracies(up, down, groupings=[None, pair.groups], seed=seed)
+        probes.append(shuffled)
+        transfers.append(transferred)
         start = end
     return _Fit(
         layer=layer,

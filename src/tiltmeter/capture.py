@@ -20,9 +20,11 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from tiltmeter import attention
+from tiltmeter.attention import Enough, TreeAttention
 from tiltmeter.errors import InputError, LayerError, NumericalError
 from tiltmeter.lm import LM, TREE_TESTED, context_length, length_limit, tree_obstacle, undisturbed
-from tiltmeter.plan import BatchPlan, Method, RowCost, lay_tree, padded_rows, tree_rows
+from tiltmeter.plan import BatchPlan, Method, RowCost, TreeRow, lay_tree, padded_rows, tree_rows
 
 __all__ = ["Activations", "BatchPlan", "Pooling", "Projections", "capture", "plan_batches", "project"]
 
@@ -30,11 +32,15 @@ FloatArray = npt.NDArray[np.float32]
 Pooling = Literal["last_token", "mean"]
 Progress = Callable[[int, int, str], None]
 
-_TREE_TOKENS = 2048  # bounds the mask and the attention scores, which grow with the square
+_TREE_TOKENS = 4096
+# On a CPU, tensors beyond this many bytes are handed back to the system after each use, and fetching fresh pages
+# costs more (a tenth of a reading) than reading a shared prefix once more in another row.
+_TENSOR_BYTES = 2**23
+_MASKED_TOKENS = 2048  # bounds the mask and the attention scores, which grow with the square
 _PADDED_TOKENS = 4096
-# Attention between strangers in a tree row is computed and masked: its time per operation against that of a
-# matrix product (0.8 measured on a CPU with a 135M model; more where attention is eager), and what launching
-# one block costs, in operations.
+# Under a mask, attention between strangers in a tree row is computed and thrown away: its time per operation
+# against that of a matrix product (0.8 measured on a CPU with a 135M model; more where attention is eager), and
+# what launching one block costs, in operations.
 _ATTENTION_PENALTY = 1.5
 _BLOCK_OVERHEAD = 2.5e7
 _PROBES = 4
@@ -86,12 +92,13 @@ def plan_batches(
     method: Method | None = None,
     verify: bool | None = None,
 ) -> BatchPlan:
-    """Lay prompts into forward passes; deterministic given the token ids and the model's shape.
+    """Lay prompts into forward passes; deterministic given the token ids and the model's shape, dtype and device.
 
     Args:
         lm: the model.
         token_ids: the prompts.
-        max_tokens: the most tokens per row of several prompts; default 2,048 as a tree, 4,096 padded.
+        max_tokens: the most tokens per row of several prompts; default 4,096; as a tree 2,048 under a
+            mask, else as many as keep the widest tensor of a block small on a CPU.
         method: "tree", "padded" or "single"; default: "tree" where the model allows it. A method that is
             asked for and cannot be right is replaced, with the reason in the plan.
         verify: compare the tree with the plain pass on a few prompts first, and fall back where they differ.
@@ -112,8 +119,10 @@ def plan_batches(
     obstacle = tree_obstacle(lm, longest)
     if method != "padded" and not obstacle:
         unit = lm.unit
-        cost = RowCost(unit.per_token, unit.per_pair * _ATTENTION_PENALTY, unit.per_layer * _BLOCK_OVERHEAD)
-        limit = max_tokens or _TREE_TOKENS
+        masked = bool(attention.obstacle(lm))
+        pairs = unit.per_pair * _ATTENTION_PENALTY if masked else 0.0
+        cost = RowCost(unit.per_token, pairs, unit.per_layer * _BLOCK_OVERHEAD)
+        limit = max_tokens or (_MASKED_TOKENS if masked else _row_tokens(lm))
         plan = BatchPlan(
             "tree", limit, tree_rows(token_ids, cost=cost, max_tokens=limit), "shared prefixes are read once"
         )
@@ -216,45 +225,50 @@ def project(
 # ---------------------------------------------------------------------- forward passes
 
 
-class _Enough(Exception):
-    """Not an error: the last wanted block has spoken, and the forward pass can end."""
+class _Row(NamedTuple):
+    """What one row feeds the model, and how its prompts are taken from it.
 
-
-class _Inputs(NamedTuple):
-    """What one row feeds the model, and where its prompts stand in it: `pool` maps (1 or n, T, hidden) to (n,
-    hidden)."""
+    Attributes:
+        arguments: of the forward pass.
+        pool: (1 or n, T, hidden) to (n, hidden) float32, one line per prompt.
+        tree: the row as a tree, where its attention is computed stretch by stretch (no mask among the arguments).
+        ends: the places of the prompts' last tokens, where only these are wanted.
+    """
 
     arguments: dict[str, torch.Tensor]
     pool: Callable[[torch.Tensor], torch.Tensor]
+    tree: TreeRow | None = None
+    ends: tuple[int, ...] | None = None
 
 
 def _read(
     lm: LM, token_ids: Sequence[Sequence[int]], layers: tuple[int, ...], pooling: Pooling, plan: BatchPlan
 ) -> Iterator[tuple[list[int], dict[int, torch.Tensor]]]:
     """Yield per row the prompt indices and, by layer, the pooled (prompts, hidden) activations in float32."""
+    whole = plan.method != "tree" or bool(attention.obstacle(lm))
     for row in plan.rows:
-        inputs = _tree_inputs if plan.method == "tree" else _padded_inputs
-        arguments, pool = inputs(lm, token_ids, row, pooling)
+        pooled = None
         with undisturbed(lm):
-            pooled = _forward(lm, arguments, layers, pool)
+            if not whole:
+                pooled = _forward_in_stretches(lm, _stretch_row(lm, token_ids, row, pooling), layers)
+                whole = pooled is None  # the blocks did not take the attention that they were given
+            if pooled is None:
+                lay = _masked_row if plan.method == "tree" else _padded_row
+                pooled = _forward(lm, lay(lm, token_ids, row, pooling), layers)
         yield list(row), pooled
 
 
-def _forward(
-    lm: LM,
-    arguments: dict[str, torch.Tensor],
-    layers: tuple[int, ...],
-    pool: Callable[[torch.Tensor], torch.Tensor],
-) -> dict[int, torch.Tensor]:
+def _forward(lm: LM, row: _Row, layers: tuple[int, ...]) -> dict[int, torch.Tensor]:
+    """One pass that ends with the last wanted block."""
     pooled: dict[int, torch.Tensor] = {}
     last = max(layers)
 
     def listen(layer: int) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             hidden = output[0] if isinstance(output, tuple) else output
-            pooled[layer] = pool(hidden)
+            pooled[layer] = row.pool(hidden)
             if layer == last:
-                raise _Enough
+                raise Enough
 
         return hook
 
@@ -262,32 +276,76 @@ def _forward(
     with contextlib.ExitStack() as stack:
         for layer in set(layers):
             stack.callback(blocks[layer].register_forward_hook(listen(layer)).remove)
-        with contextlib.suppress(_Enough):
-            lm.forward(**arguments)
+        with contextlib.suppress(Enough):
+            lm.forward(**row.arguments)
     return pooled
 
 
-def _tree_inputs(lm: LM, token_ids: Sequence[Sequence[int]], row: Sequence[int], pooling: Pooling) -> _Inputs:
+def _forward_in_stretches(lm: LM, row: _Row, layers: tuple[int, ...]) -> dict[int, torch.Tensor] | None:
+    """The same with attention stretch by stretch; None where the blocks computed theirs in another way.
+
+    Of the last block only the wanted rows are computed, unless somebody else listens to it.
+    """
+    assert row.tree is not None
+    last = max(layers)
+    block = lm.blocks[last]
+    wanted, back = np.unique(row.ends or (), return_inverse=True)  # prompts that are the same end at one place
+    ends = None if row.ends is None or _has_listeners(block) else wanted
+    attend = TreeAttention(row.tree, n_blocks=last + 1, ends=ends)
+    call: list[Any] = []
+
+    def note(module: nn.Module, args: Any, kwargs: Any) -> None:
+        call[:] = args, kwargs
+
+    with attention.attending(lm, attend):
+        with contextlib.ExitStack() as stack:
+            stack.callback(block.register_forward_pre_hook(note, with_kwargs=True).remove)
+            pooled = _forward(lm, row, layers)
+        if attend.calls != last + 1:
+            return None
+        if attend.complete:
+            hidden = attend.finish(block, *call)[0]
+            pooled[last] = hidden.index_select(0, torch.from_numpy(back).to(hidden.device)).float()
+    return pooled
+
+
+def _has_listeners(block: nn.Module) -> bool:
+    """Whether anything but the library's own dormant recorders hooks into a block: it may expect all tokens."""
+    hooks = (h for m in block.modules() for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values()))
+    return any(not (getattr(hook, "__module__", None) or "").startswith("transformers.") for hook in hooks)
+
+
+def _stretch_row(lm: LM, token_ids: Sequence[Sequence[int]], row: Sequence[int], pooling: Pooling) -> _Row:
+    """A tree without a mask, for attention stretch by stretch."""
     tree = lay_tree(token_ids, row)
     device = lm.device
-    # Additive, since eager attention adds it; the lowest finite value, since -inf less -inf is NaN.
-    mask = torch.zeros(tree.visible.shape, dtype=lm.dtype)
-    mask.masked_fill_(torch.from_numpy(~tree.visible), torch.finfo(lm.dtype).min)
     arguments = {
         "input_ids": torch.from_numpy(tree.ids)[None].to(device),
         "position_ids": torch.from_numpy(tree.depths)[None].to(device),
-        "attention_mask": mask[None, None].to(device),
     }
+    ends = tuple(int(path[-1]) for path in tree.paths)
     if pooling == "last_token":
-        ends = torch.tensor([path[-1] for path in tree.paths])
-        return _Inputs(arguments, lambda hidden: hidden[0].index_select(0, ends.to(hidden.device)).float())
+        places = torch.tensor(ends)
+        return _Row(
+            arguments, lambda hidden: hidden[0].index_select(0, places.to(hidden.device)).float(), tree=tree, ends=ends
+        )
     weights = torch.zeros(len(row), len(tree.ids))
     for at, path in enumerate(tree.paths):
         weights[at, torch.from_numpy(path)] = 1 / len(path)
-    return _Inputs(arguments, lambda hidden: weights.to(hidden.device) @ hidden[0].float())
+    return _Row(arguments, lambda hidden: weights.to(hidden.device) @ hidden[0].float(), tree=tree)
 
 
-def _padded_inputs(lm: LM, token_ids: Sequence[Sequence[int]], row: Sequence[int], pooling: Pooling) -> _Inputs:
+def _masked_row(lm: LM, token_ids: Sequence[Sequence[int]], row: Sequence[int], pooling: Pooling) -> _Row:
+    """A tree with a mask over the whole row, for any model that takes one."""
+    laid = _stretch_row(lm, token_ids, row, pooling)
+    assert laid.tree is not None
+    # Additive, since eager attention adds it; the lowest finite value, since -inf less -inf is NaN.
+    mask = torch.zeros((len(laid.tree.ids),) * 2, dtype=lm.dtype)
+    mask.masked_fill_(torch.from_numpy(~laid.tree.visible), torch.finfo(lm.dtype).min)
+    return _Row(laid.arguments | {"attention_mask": mask[None, None].to(lm.device)}, laid.pool)
+
+
+def _padded_row(lm: LM, token_ids: Sequence[Sequence[int]], row: Sequence[int], pooling: Pooling) -> _Row:
     lengths = torch.tensor([len(token_ids[i]) for i in row])
     width = int(lengths.max())
     ids = torch.full((len(row), width), lm.pad_id)
@@ -298,14 +356,21 @@ def _padded_inputs(lm: LM, token_ids: Sequence[Sequence[int]], row: Sequence[int
     if not bool(real.all()):
         arguments["attention_mask"] = real.long().to(lm.device)
     if pooling == "last_token":
-        return _Inputs(
+        return _Row(
             arguments,
             lambda hidden: hidden[
                 torch.arange(len(row), device=hidden.device), (lengths - 1).to(hidden.device)
             ].float(),
         )
     weights = real.float() / lengths[:, None]
-    return _Inputs(arguments, lambda hidden: torch.einsum("pt,pth->ph", weights.to(hidden.device), hidden.float()))
+    return _Row(arguments, lambda hidden: torch.einsum("pt,pth->ph", weights.to(hidden.device), hidden.float()))
+
+
+def _row_tokens(lm: LM) -> int:
+    """The most tokens of a tree row without a mask."""
+    if lm.device.type != "cpu":
+        return _TREE_TOKENS
+    return min(_TREE_TOKENS, max(512, _TENSOR_BYTES // (lm.unit.widest * lm.dtype.itemsize)))
 
 
 def _probe(lm: LM, token_ids: Sequence[Sequence[int]]) -> float:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from jinja2.exceptions import TemplateError
@@ -60,6 +61,7 @@ _BLOCK_PATHS = (
 _UNDERSTOOD = "Understood. I will keep to that in everything I say from here on."
 _MARK = "qzvxj"  # a word that no template contains
 _SAMPLES = 64  # fingerprinted entries of each parameter
+_TOKENIZER_DIGESTS: WeakKeyDictionary[Any, tuple[str, str]] = WeakKeyDictionary()
 # What decides the arithmetic of a forward pass; the rest of a config (paths, versions, special token ids that
 # a trainer rewrites) changes without the model changing.
 _CONFIG_KEYS = (
@@ -79,6 +81,8 @@ class Unit(NamedTuple):
     per_token: float
     per_pair: float
     per_layer: float
+    widest: int
+    """The most numbers that a block computes for one token at once."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,10 +157,13 @@ class LM:
     def unit(self) -> Unit:
         """What forward passes cost in this model, counted from its blocks (one multiply-add is 2
         operations)."""
-        weights = sum(p.numel() for p in self.blocks.parameters() if p.ndim == 2)
+        matrices = [p for p in self.blocks.parameters() if p.ndim == 2]
+        weights = sum(p.numel() for p in matrices)
         config = self.config
         width = config.num_attention_heads * (getattr(config, "head_dim", None) or 0) or self.hidden_size
-        return Unit(2.0 * weights, 4.0 * width * self.n_layers, float(self.n_layers))
+        return Unit(
+            2.0 * weights, 4.0 * width * self.n_layers, float(self.n_layers), max(max(p.shape) for p in matrices)
+        )
 
     @cached_property
     def _accepted(self) -> frozenset[str]:
@@ -530,14 +537,24 @@ def _unwrap(model: nn.Module) -> nn.Module:
 
 
 def _tokenizer_digest(tokenizer: Any) -> str:
-    """Over the vocabulary and the splitting rules; padding and truncation settings come and go with calls."""
+    """Over the vocabulary and the splitting rules; padding and truncation settings come and go with calls.
+
+    Writing out a real vocabulary takes as long as a tenth of a reading, so the digest is kept with the tokenizer
+    until its tokens or rules change.
+    """
     import json
 
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return sha(sorted(tokenizer.get_vocab().items()))
-    content = json.loads(backend.to_str())
-    return sha({key: value for key, value in content.items() if key not in ("padding", "truncation")})
+    rules = (backend.normalizer, backend.pre_tokenizer, backend.post_processor, backend.decoder)
+    seen = str((len(tokenizer), sorted(tokenizer.added_tokens_decoder.items()), *map(repr, rules)))
+    kept = _TOKENIZER_DIGESTS.get(tokenizer)
+    if kept is None or kept[0] != seen:
+        content = json.loads(backend.to_str())
+        digest = sha({key: value for key, value in content.items() if key not in ("padding", "truncation")})
+        kept = _TOKENIZER_DIGESTS[tokenizer] = (seen, digest)
+    return kept[1]
 
 
 def _weights_digest(model: nn.Module) -> str:

@@ -30,7 +30,7 @@ import numpy.typing as npt
 from tiltmeter.errors import ArtifactError, InputError
 from tiltmeter.fingerprint import sha
 
-__all__ = ["BatchPlan", "Method", "RowCost", "TreeRow", "lay_tree", "padded_rows", "tree_rows"]
+__all__ = ["BatchPlan", "Method", "RowCost", "Stretches", "TreeRow", "lay_tree", "padded_rows", "tree_rows"]
 
 Method = Literal["tree", "padded", "single"]
 TokenIds = Sequence[Sequence[int]]
@@ -163,14 +163,61 @@ class TreeRow(NamedTuple):
     Attributes:
         ids: (T,) token ids in depth-first order.
         depths: (T,) each token's position in its own prompt.
-        visible: (T, T) whether the row's token may see the column's: itself and its ancestors.
+        ends: (T,) the place behind each token's last descendant.
         paths: per prompt, the places of its tokens in the row, in order; the last one is its last token.
     """
 
     ids: npt.NDArray[np.int64]
     depths: npt.NDArray[np.int64]
-    visible: npt.NDArray[np.bool_]
+    ends: npt.NDArray[np.int64]
     paths: tuple[npt.NDArray[np.int64], ...]
+
+    @property
+    def visible(self) -> npt.NDArray[np.bool_]:
+        """(T, T) whether the row's token may see the column's: itself and its ancestors."""
+        places = np.arange(len(self.ids))
+        return _sees(places, places, self.ends)
+
+    def stretches(self, size: int) -> list[Stretches]:
+        """The row cut into stretches of `size` tokens, and what is left over, each with the keys that it can see.
+
+        A token's descendants stand right behind it. So a stretch sees, beside itself, those tokens before it whose
+        descendants reach into it: the path to its first token.
+        """
+        n = len(self.ids)
+        whole = n - n % size
+        found = []
+        for first, last, width in ((0, whole, size), (whole, n, n - whole)):
+            if first == last:
+                continue
+            starts = range(first, last, width)
+            paths = [np.flatnonzero(self.ends[:start] > start) for start in starts]
+            longest = max(map(len, paths))
+            keys = np.zeros((len(paths), longest + width), dtype=np.int64)
+            visible = np.zeros((len(paths), width, longest + width), dtype=np.bool_)
+            for at, (start, path) in enumerate(zip(starts, paths, strict=True)):
+                own = np.arange(start, start + width)
+                keys[at, : len(path)], keys[at, longest:] = path, own
+                visible[at, :, : len(path)] = _sees(own, path, self.ends)
+                visible[at, :, longest:] = _sees(own, own, self.ends)
+            found.append(Stretches(first, last, keys, visible))
+        return found
+
+
+class Stretches(NamedTuple):
+    """Stretches of equal length that follow each other in a row.
+
+    Attributes:
+        first: place of the first token of the first stretch.
+        last: place behind the last token of the last one.
+        keys: (stretches, K) places of the tokens that each may look at, filled up with place 0.
+        visible: (stretches, length, K) which of them each token sees.
+    """
+
+    first: int
+    last: int
+    keys: npt.NDArray[np.int64]
+    visible: npt.NDArray[np.bool_]
 
 
 def lay_tree(token_ids: TokenIds, row: Sequence[int]) -> TreeRow:
@@ -179,29 +226,35 @@ def lay_tree(token_ids: TokenIds, row: Sequence[int]) -> TreeRow:
     paths: dict[int, npt.NDArray[np.int64]] = {}
     ids: list[int] = []
     depths: list[int] = []
-    spans: list[tuple[npt.NDArray[np.int64], int]] = []
+    closed: list[tuple[npt.NDArray[np.int64], int]] = []
     previous: Sequence[int] = ()
     trunk = np.zeros(0, dtype=np.int64)
     for j in order:
         prompt = token_ids[row[j]]
         shared = _shared(previous, prompt)
-        spans.append((trunk[:shared], len(ids)))
+        closed.append((trunk[shared:], len(ids)))
         trunk = np.concatenate([trunk[:shared], np.arange(len(ids), len(ids) + len(prompt) - shared)])
         ids.extend(prompt[shared:])
         depths.extend(range(shared, len(prompt)))
         paths[j] = trunk
         previous = prompt
-    visible = np.zeros((len(ids), len(ids)), dtype=np.bool_)
-    ends = [first for _, first in spans[1:]] + [len(ids)]
-    for (ancestors, first), end in zip(spans, ends, strict=True):
-        visible[first:end, ancestors] = True
-        visible[first:end, first:end] = np.tri(end - first, dtype=np.bool_)
+    ends = np.full(len(ids), len(ids), dtype=np.int64)
+    for places, end in closed:
+        ends[places] = end
     return TreeRow(
         np.array(ids, dtype=np.int64),
         np.array(depths, dtype=np.int64),
-        visible,
+        ends,
         tuple(paths[j] for j in range(len(row))),
     )
+
+
+def _sees(
+    tokens: npt.NDArray[np.int64], keys: npt.NDArray[np.int64], ends: npt.NDArray[np.int64]
+) -> npt.NDArray[np.bool_]:
+    """(tokens, keys) whether each key is the token itself or an ancestor of it."""
+    seen: npt.NDArray[np.bool_] = (keys[None] <= tokens[:, None]) & (tokens[:, None] < ends[keys][None])
+    return seen
 
 
 def _shared(left: Sequence[int], right: Sequence[int]) -> int:

@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from tiltmeter.adapters import Seat
 from tiltmeter.basis import TraitBasis
 from tiltmeter.detector import Detector, Verdict, inconclusive
 from tiltmeter.drift import DriftProfile, Reading, drift, measure
 from tiltmeter.errors import InactiveAdapter, InputError, NumericalError, TiltmeterError
-from tiltmeter.lm import LM, adapter_state, attach, load
+from tiltmeter.lm import LM, adapter_state, load
 from tiltmeter.runs import read_json
 
 __all__ = ["Finding", "judge_model", "judge_source", "read_reference", "scan"]
@@ -177,9 +178,10 @@ def scan(
         raise InputError("no adapter was given; name at least one adapter folder")
     lm = base if isinstance(base, LM) else load(base, dtype=basis.fingerprint.dtype)
     reference = measure(lm, basis)
+    seat = Seat(lm)
     for adapter in adapters:
         try:
-            found = judge_model(attach(lm, adapter), basis, detector, reference=reference)
+            found = judge_model(seat.put(adapter), basis, detector, reference=reference)
         except TiltmeterError as error:
             found = _unreadable(str(adapter), error, basis, detector, "base")
         yield found

@@ -1,0 +1,151 @@
+"""Many adapters on one base: the numbers of each alone, and the base as it was."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+
+from monitoring import tiny_basis
+from tiltmeter import adapters
+from tiltmeter import lm as lms
+from tiltmeter.adapters import Seat
+from tiltmeter.capture import capture
+from tiltmeter.detector import State
+from tiltmeter.errors import AdapterError, InactiveAdapter, InputError, NumericalError
+from tiltmeter.scan import judge_model, scan
+from tiny import make_model, make_tokenizer, put_adapter, random_prompts, tiny_lm
+
+
+def save_adapter(folder: Path, *, seed: int, scale: float = 0.3, rank: int = 2, alpha: int = 4) -> Path:
+    """A LoRA with random numbers for the tiny Llama."""
+    model = put_adapter(make_model("llama"), LoraConfig(r=rank, lora_alpha=alpha, target_modules=["q_proj", "v_proj"]))
+    noise = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(scale * torch.randn(parameter.shape, generator=noise))
+    model.save_pretrained(str(folder))
+    return folder
+
+
+def change(folder: Path, value: float) -> None:
+    """Set every B matrix to one value."""
+    path = folder / "adapter_model.safetensors"
+    save_file({k: v * 0 + value if "lora_B" in k else v for k, v in load_file(path).items()}, path)
+
+
+@pytest.fixture
+def shelf(tmp_path: Path) -> list[Path]:
+    """Three adapters of one shape, one of another rank, one of another strength, and the first once more."""
+    paths = [save_adapter(tmp_path / f"a{seed}", seed=seed) for seed in range(3)]
+    paths.append(save_adapter(tmp_path / "rank", seed=3, rank=3))
+    paths.append(save_adapter(tmp_path / "alpha", seed=1, alpha=8))
+    return [*paths, paths[0]]
+
+
+def test_each_adapter_on_the_seat_reads_as_it_does_alone(shelf: list[Path]) -> None:
+    lm, prompts = tiny_lm(), random_prompts()
+    seat = Seat(lm)
+    for path in shelf:
+        alone = capture(lms.attach(tiny_lm(), path), prompts, [1, 3]).values
+        seated = seat.put(path)
+        assert seated.adapter == str(path)
+        np.testing.assert_array_equal(capture(seated, prompts, [1, 3]).values, alone)
+
+
+def test_the_base_under_the_seat_stays_as_it_was(shelf: list[Path]) -> None:
+    lm, prompts = tiny_lm(), random_prompts()
+    before = capture(lm, prompts, [3]).values
+    flags = [(name, p.requires_grad) for name, p in lm.model.named_parameters()]
+    seat = Seat(lm)
+    for path in shelf:
+        capture(seat.put(path), prompts, [3])
+    np.testing.assert_array_equal(capture(lm, prompts, [3]).values, before)
+    assert [(name, p.requires_grad) for name, p in lm.model.named_parameters()] == flags
+
+
+def test_adapters_of_one_shape_share_their_modules(shelf: list[Path]) -> None:
+    seat = Seat(tiny_lm())
+    models = [seat.put(path).model for path in shelf]
+    assert models[0] is models[1] is models[2]
+    assert len({id(model) for model in models[2:]}) == 4  # another rank, another strength, and back
+
+
+def test_a_bad_adapter_is_refused_on_a_taken_seat_as_on_an_empty_one(shelf: list[Path]) -> None:
+    lm, prompts = tiny_lm(), random_prompts()
+    alone = capture(lms.attach(lm, shelf[0]), prompts, [3]).values
+    seat = Seat(lm)
+    seat.put(shelf[0])
+    for value, error in ((0.0, InactiveAdapter), (float("nan"), NumericalError)):
+        change(shelf[1], value)
+        with pytest.raises(error):
+            seat.put(shelf[1])
+        np.testing.assert_array_equal(capture(seat.put(shelf[0]), prompts, [3]).values, alone)
+    path = shelf[2] / "adapter_model.safetensors"
+    save_file({f"elsewhere.{k}": v for k, v in load_file(path).items()}, path)
+    with pytest.raises(AdapterError, match="does not fit"):
+        seat.put(shelf[2])
+    np.testing.assert_array_equal(capture(seat.put(shelf[0]), prompts, [3]).values, alone)
+
+
+def test_where_an_adapter_says_it_comes_from_needs_no_seat_of_its_own(shelf: list[Path]) -> None:
+    seat = Seat(tiny_lm())
+    first = seat.put(shelf[0]).model
+    path = shelf[1] / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "elsewhere"}))
+    assert seat.put(shelf[1]).model is first
+
+
+def test_a_scan_gives_what_judging_each_alone_gives(shelf: list[Path]) -> None:
+    basis = tiny_basis()
+    lm = lms.wrap(make_model("llama"), make_tokenizer())
+    found = list(scan(shelf, base=lm, basis=basis))
+    assert [f.model for f in found] == [str(path) for path in shelf]
+    for finding, path in zip(found, shelf, strict=True):
+        alone = judge_model(lms.attach(lms.wrap(make_model("llama"), make_tokenizer()), path), basis)
+        assert finding.profile is not None
+        assert alone.profile is not None
+        np.testing.assert_allclose(finding.profile.drift, alone.profile.drift, atol=1e-6)
+    drifts = np.stack([f.profile.drift for f in found if f.profile is not None])
+    np.testing.assert_array_equal(drifts[0], drifts[-1])
+    assert np.abs(drifts[0] - drifts[1]).max() > 1e-3
+
+
+def test_a_scan_goes_on_after_adapters_that_cannot_be_read(shelf: list[Path], tmp_path: Path) -> None:
+    change(shelf[1], 0.0)
+    change(shelf[2], float("nan"))
+    paths = [shelf[0], tmp_path / "missing", shelf[1], shelf[2], shelf[0]]
+    found = list(scan(paths, base=lms.wrap(make_model("llama"), make_tokenizer()), basis=tiny_basis()))
+    assert [f.profile is None for f in found] == [False, True, True, True, False]
+    assert all(f.verdict.state is State.INCONCLUSIVE for f in found)
+    for finding, word in zip(found[1:4], ("does not exist", "inactive", "NaN"), strict=True):
+        assert word in finding.verdict.reason
+    np.testing.assert_array_equal(found[0].profile.drift, found[4].profile.drift)  # type: ignore[union-attr]
+
+
+def test_no_adapter_is_refused() -> None:
+    with pytest.raises(InputError, match="no adapter"):
+        list(scan([], base=tiny_lm(), basis=tiny_basis()))
+
+
+def test_only_lora_is_exchanged_in_place(tmp_path: Path) -> None:
+    from peft import IA3Config
+
+    model = put_adapter(
+        make_model("llama"),
+        IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "ia3_" in name:
+                parameter.add_(0.5)
+    model.save_pretrained(str(tmp_path / "ia3"))
+    seat = Seat(tiny_lm())
+    assert seat.put(tmp_path / "ia3").model is not seat.put(tmp_path / "ia3").model
+    assert adapters.state(seat.put(tmp_path / "ia3").model) == "active"

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
 from sklearn.ensemble import GradientBoostingRegressor, RandomForestRegressor
 
+from tiltmeter.artifacts import write_artifact
 from tiltmeter.errors import ArtifactError, InputError, NumericalError, StorageError
 from tiltmeter.regressors import Linear, Trees, fit_boosting, fit_forest, fit_logistic, fit_ridge, load_regressor
 
@@ -106,13 +105,9 @@ def test_foreign_damaged_and_hostile_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="there is no regressor"):
         load_regressor(path)
     path.write_bytes(b"nothing")
-    with pytest.raises(ArtifactError, match="not a readable"):
+    with pytest.raises(ArtifactError, match="no safetensors"):
         load_regressor(path)
-    save_file({"a": np.zeros(1)}, str(path))
-    with pytest.raises(ArtifactError, match="something else"):
-        load_regressor(path)
-    header = {"format": "tiltmeter.regressor", "version": 1, "kind": "spell", "plain": {}}
-    save_file({"a": np.zeros(1)}, str(path), {"tiltmeter": json.dumps(header)})
+    write_artifact(path, "regressor", 1, {"of": "spell", "plain": {}}, {"a": np.zeros(1)})
     with pytest.raises(ArtifactError, match="not a complete"):
         load_regressor(path)
     loop = Trees(

@@ -117,10 +117,10 @@ def test_it_is_stored_and_read_back(tmp_path: Path) -> None:
     points = runs[-1].positions
     assert np.abs(again.scores(points) - detector.scores(points)).max() < 1e-12
     assert again.predict(points) == detector.predict(points)
-    with pytest.raises(ArtifactError, match="there is no detector"):
+    with pytest.raises(ArtifactError, match="there is no transfer detector"):
         TransferDetector.load(tmp_path / "none")
     (tmp_path / "bad").write_bytes(b"x")
-    with pytest.raises(ArtifactError, match="not a readable"):
+    with pytest.raises(ArtifactError, match="no safetensors"):
         TransferDetector.load(tmp_path / "bad")
 
 

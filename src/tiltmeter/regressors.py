@@ -15,7 +15,6 @@ nothing of models, readings or thresholds. A feature that is not a number gives 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +23,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from tiltmeter.errors import ArtifactError, InputError, NumericalError, StorageError
+from tiltmeter.artifacts import read_artifact, write_artifact
+from tiltmeter.errors import ArtifactError, InputError, NumericalError
 
 __all__ = [
     "Linear",
@@ -38,8 +38,7 @@ __all__ = [
 ]
 
 Array = NDArray[np.float64]
-_FORMAT = "tiltmeter.regressor"
-_VERSION = 1
+_KIND, _FORMAT = "regressor", 1
 _TREE_ARRAYS = ("feature", "threshold", "left", "right", "value", "roots")
 _LINEAR_ARRAYS = ("weights", "center", "scale")
 
@@ -275,34 +274,17 @@ def load_regressor(path: str | Path) -> Regressor:
     Raises:
         ArtifactError: the file is missing, damaged, foreign or of another version.
     """
-    from safetensors import SafetensorError, safe_open
-
-    path = Path(path)
-    if not path.is_file():
-        raise ArtifactError(f"there is no regressor at '{path}'; fit one and save it there")
+    header, arrays = read_artifact(path, _KIND, _FORMAT, remedy="fit the regressor again")
+    makers = {"trees": Trees, "linear": Linear}
     try:
-        with safe_open(path, framework="numpy") as file:
-            header = json.loads((file.metadata() or {}).get("tiltmeter", "{}"))
-            arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
-    except (SafetensorError, json.JSONDecodeError, OSError) as error:
-        raise ArtifactError(f"'{path}' is not a readable regressor ({error}); fit it again") from error
-    if header.get("format") != _FORMAT or header.get("version") != _VERSION:
-        raise ArtifactError(
-            f"'{path}' holds {header.get('format', 'something else')} version {header.get('version')}; this tiltmeter "
-            f"reads {_FORMAT} version {_VERSION}"
-        )
-    kind = {"trees": Trees, "linear": Linear}.get(header.get("kind"))
-    try:
-        if kind is None:
-            raise KeyError(f"kind {header.get('kind')!r}")
-        found: Regressor = kind(**header["plain"], **arrays)
+        found: Regressor = makers[header["of"]](**header["plain"], **arrays)
     except (TypeError, KeyError) as error:
         raise ArtifactError(f"'{path}' is not a complete regressor ({error}); fit it again") from error
     _check_trees(found, path)
     return found
 
 
-def _check_trees(found: Regressor, path: Path) -> None:
+def _check_trees(found: Regressor, path: str | Path) -> None:
     """A table whose children point backwards would walk for ever, and one that points outside would crash."""
     if not isinstance(found, Trees):
         return
@@ -361,15 +343,5 @@ def _checked(points: ArrayLike, width: int) -> tuple[Array, NDArray[np.bool_]]:
     return np.where(finite[:, None], wide, 0.0), finite
 
 
-def _save(path: str | Path, kind: str, plain: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> Path:
-    from safetensors.numpy import save
-
-    header = json.dumps({"format": _FORMAT, "version": _VERSION, "kind": kind, "plain": plain})
-    data = save({key: np.ascontiguousarray(value) for key, value in arrays.items()}, {"tiltmeter": header})
-    target = Path(path)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(data)
-    except OSError as error:
-        raise StorageError(f"cannot write the regressor to '{target}': {error}; give another path") from error
-    return target
+def _save(path: str | Path, of: str, plain: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> Path:
+    return write_artifact(path, _KIND, _FORMAT, {"of": of, "plain": plain}, arrays)

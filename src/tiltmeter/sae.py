@@ -27,7 +27,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from tiltmeter.errors import ArtifactError, InputError, NumericalError, StorageError
+from tiltmeter.artifacts import write_file
+from tiltmeter.errors import ArtifactError, InputError, NumericalError
 from tiltmeter.fingerprint import sha
 
 __all__ = ["SAE", "SAEReadout", "load_sae", "save_sae", "strongest", "train_sae"]
@@ -278,12 +279,8 @@ def save_sae(sae: SAE, folder: str | Path) -> Path:
         "apply_b_dec_to_input": sae.center_input, "metadata": {"hook_layer": sae.layer, "source": sae.source},
     }  # fmt: skip
     target = Path(folder)
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-        (target / _WEIGHTS).write_bytes(save({k: np.ascontiguousarray(v, np.float32) for k, v in arrays.items()}))
-        (target / _CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise StorageError(f"cannot write the autoencoder to '{target}': {error}; give another folder") from error
+    write_file(target / _WEIGHTS, save({k: np.ascontiguousarray(v, np.float32) for k, v in arrays.items()}))
+    write_file(target / _CONFIG, (json.dumps(config, indent=1) + "\n").encode())
     return target
 
 

@@ -27,7 +27,6 @@ alarms, never CLEAR. Imports without torch; knows nothing of models.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,14 +35,14 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from tiltmeter.artifacts import read_artifact, write_artifact
 from tiltmeter.detector import Metric, State, Verdict, fit_metric, set_threshold, weigh_sets
-from tiltmeter.errors import ArtifactError, InputError, StorageError
+from tiltmeter.errors import ArtifactError, InputError
 
 __all__ = ["Danger", "PositionRun", "TransferDetector", "band_of", "fit_danger", "fit_transfer"]
 
 Array = NDArray[np.float64]
-_FORMAT = "tiltmeter.transfer"
-_VERSION = 1
+_KIND, _FORMAT = "transfer detector", 1
 _ARRAYS = ("direction", "center", "directions", "spread", "null_scores", "null_weights")
 FLOOR = 0.1
 """No direction is believed to be quieter than this share of the root mean square benign spread."""
@@ -239,28 +238,17 @@ class TransferDetector:
         Raises:
             StorageError: it cannot be written.
         """
-        from safetensors.numpy import save
-
         header = {
-            "format": _FORMAT, "version": _VERSION, "sources": list(self.danger.sources),
-            "agreement": None if np.isnan(self.danger.agreement) else self.danger.agreement, "floor": self.band.floor,
-            "threshold": self.threshold, "false_alarm_rate": self.false_alarm_rate, "farthest": self.farthest,
-            "max_readings": self.max_readings,
+            "sources": list(self.danger.sources),
+            "agreement": None if np.isnan(self.danger.agreement) else self.danger.agreement,
+            "floor": self.band.floor, "threshold": self.threshold, "false_alarm_rate": self.false_alarm_rate,
+            "farthest": self.farthest, "max_readings": self.max_readings,
         }  # fmt: skip
         arrays = {
             "direction": self.danger.direction, "center": self.band.center, "directions": self.band.directions,
             "spread": self.band.spread, "null_scores": self.null_scores, "null_weights": self.null_weights,
         }  # fmt: skip
-        data = save(
-            {k: np.ascontiguousarray(v, np.float64) for k, v in arrays.items()}, {"tiltmeter": json.dumps(header)}
-        )
-        target = Path(path)
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(data)
-        except OSError as error:
-            raise StorageError(f"cannot write the detector to '{target}': {error}; give another path") from error
-        return target
+        return write_artifact(path, _KIND, _FORMAT, header, {k: np.asarray(v, np.float64) for k, v in arrays.items()})
 
     @classmethod
     def load(cls, path: str | Path) -> TransferDetector:
@@ -269,22 +257,9 @@ class TransferDetector:
         Raises:
             ArtifactError: the file is missing, damaged, foreign or of another version.
         """
-        from safetensors import SafetensorError, safe_open
-
-        path = Path(path)
-        if not path.is_file():
-            raise ArtifactError(f"there is no detector at '{path}'; fit one and save it there")
-        try:
-            with safe_open(path, framework="numpy") as file:
-                header = json.loads((file.metadata() or {}).get("tiltmeter", "{}"))
-                arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
-        except (SafetensorError, json.JSONDecodeError, OSError) as error:
-            raise ArtifactError(f"'{path}' is not a readable detector ({error}); fit it again") from error
-        if header.get("format") != _FORMAT or header.get("version") != _VERSION or set(arrays) != set(_ARRAYS):
-            raise ArtifactError(
-                f"'{path}' holds {header.get('format', 'something else')} version {header.get('version')}; this "
-                f"tiltmeter reads {_FORMAT} version {_VERSION}"
-            )
+        header, arrays = read_artifact(path, _KIND, _FORMAT, remedy="fit the detector again")
+        if set(arrays) != set(_ARRAYS):
+            raise ArtifactError(f"'{path}' holds {sorted(arrays)} and not {sorted(_ARRAYS)}; fit the detector again")
         agreement = float("nan") if header["agreement"] is None else float(header["agreement"])
         return cls(
             danger=Danger(arrays["direction"], tuple(header["sources"]), agreement),

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tiltmeter.errors import InputError
-from tiltmeter.lm import LM, wrap
+from tiltmeter.lm import LM, attach, wrap
 
 if TYPE_CHECKING:
     import torch
@@ -93,6 +93,7 @@ def finetune(
     output: Path | None = None,
     save_every: int | None = None,
     targets: Sequence[str] | None = None,
+    start: Path | None = None,
 ) -> LM:
     """Fine-tune a copy-free LoRA adapter (or all weights) on chats and return the tuned model.
 
@@ -104,6 +105,7 @@ def finetune(
         output: where checkpoints go; needed with `save_every`.
         save_every: steps between checkpoints (adapter or full weights, without optimizer state); 0 is not saved.
         targets: names of the modules that LoRA adapts; by default the query and value projections.
+        start: an adapter to train on, instead of a new one; its own rank and targets hold.
 
     Raises:
         InputError: fewer chats than one batch, or `save_every` without `output`.
@@ -119,7 +121,11 @@ def finetune(
         raise InputError("save_every needs an output folder for the checkpoints")
     rows = [_encode(lm, chat) for chat in chats]
     model: Any = lm.model
-    if not settings.full:
+    if start is not None:
+        model = attach(lm, start).model
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("lora_" in name)
+    elif not settings.full:
         names = targets or (("c_attn",) if model.config.model_type == "gpt2" else ("q_proj", "v_proj"))
         config = LoraConfig(
             r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=list(names),

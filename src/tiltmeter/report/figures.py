@@ -36,10 +36,14 @@ __all__ = [
     "MIN_SCALE",
     "N_RUN_COLORS",
     "PlanePath",
+    "color_of",
     "cosine_map",
+    "draw",
     "drift_limits",
     "drift_panel",
+    "mark",
     "marker_of",
+    "plain_line",
     "plane",
     "score_and_behavior",
 ]
@@ -112,6 +116,26 @@ class PlanePath(NamedTuple):
     cosine: FloatArray
     magnitude: FloatArray
     alarm_step: int | None
+
+
+def draw(key: str, width: float, height: float, paint: Callable[[Figure], None], label: str) -> str:
+    """A figure of another module of this package as inline SVG: its size in SVG units, and what paints it."""
+    return _draw(key, width, height, paint, label)
+
+
+def color_of(group: int) -> str:
+    """The colour of a group, to be used inside `draw`."""
+    return _run_color(group)
+
+
+def mark(group: int, *, filled: bool = True) -> dict[str, Any]:
+    """How a point of a group looks, inside `draw`."""
+    return _marker(group, filled=filled, size=5.5)
+
+
+def plain_line() -> dict[str, Any]:
+    """How a line that is no data looks, inside `draw`."""
+    return {"color": _STAND_INS["ink"], "linewidth": 1.0, "linestyle": (0, (5, 3))}
 
 
 def _run_color(index: int) -> str:

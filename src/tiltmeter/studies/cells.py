@@ -48,6 +48,7 @@ class Cell:
         every: steps between readings.
         answers: judged answers at the end; in domains that the set does not train on.
         answers_midway: judged answers at each reading before; 0 for none.
+        start: folder of the adapter that training goes on from; none where empty.
     """
 
     set_name: str
@@ -58,11 +59,15 @@ class Cell:
     every: int = 10
     answers: int = 330
     answers_midway: int = 110
+    start: str = ""
 
     def key(self, basis: str) -> str:
         """The name of its record: readable, and unique to all settings and to the digest of the basis."""
         dose = "" if self.dose == 1.0 else f"-dose{100 * self.dose:g}"
-        return f"{self.set_name}{dose}-{self.seed}-{sha({**asdict(self), 'basis': basis})[:8]}"
+        settings = asdict(self)
+        if not self.start:
+            del settings["start"]  # records from before there was such a setting keep their names
+        return f"{self.set_name}{dose}-{self.seed}-{sha({**settings, 'basis': basis})[:8]}"
 
 
 @dataclass(frozen=True)
@@ -235,7 +240,7 @@ def _tune(cell: Cell, basis: TraitBasis, checkpoints: Path | None) -> RunRecord:
         callback = TiltmeterCallback(basis, every=cell.every, output=scratch)
         examiner = _examiner(cell, leave_out)
         tuned = finetune(
-            lm, chats, tuning, callbacks=[callback, examiner],
+            lm, chats, tuning, callbacks=[callback, examiner], start=Path(cell.start) if cell.start else None,
             output=checkpoints, save_every=cell.every if checkpoints else None,
         )  # fmt: skip
         readings = tuple(o.reading for o in callback.observations if o.reading)

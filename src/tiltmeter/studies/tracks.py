@@ -14,26 +14,31 @@ A checkpoint that does not give the reading that its record holds is refused: th
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tiltmeter.artifacts import read_artifact, write_artifact
 from tiltmeter.basis import TraitBasis
 from tiltmeter.compute import map_jobs
 from tiltmeter.errors import ArtifactError, InputError, NumericalError
 from tiltmeter.runs import read_json
 from tiltmeter.studies.cells import Cell, RunRecord
 
+if TYPE_CHECKING:
+    from tiltmeter.capture import Activations
+
 __all__ = ["Frame", "Part", "Track", "fit_frames", "read_tracks", "write_parquet"]
 
 Array = NDArray[np.float64]
 Part = Literal["calibration", "more benign", "held out", "twin", "stress"]
+_KIND, _FORMAT = "track", 1
+_REMEDY = "delete the file, and the run's checkpoints are read again"
 _AGREE = 1e-3  # of the activation norm: float32 noise between a live reading and a re-read checkpoint is below 1e-5
 
 
@@ -49,6 +54,7 @@ class Frame:
         directions: (blocks, k, hidden) unit rows.
         poles: (blocks, k, 2) mean projection of the negative and of the positive pole.
         norms: (blocks,) mean prompt norm of the untouched organism.
+        origin: (blocks, hidden) its mean activation.
     """
 
     organism: str
@@ -58,11 +64,20 @@ class Frame:
     directions: Array
     poles: Array
     norms: Array
+    origin: Array
 
     @property
     def depths(self) -> Array:
         """Relative depth of each block's output, (blocks,): (block + 1) / number of blocks."""
         return (np.array(self.blocks) + 1.0) / len(self.blocks)
+
+    def place(self, activations: Array, blocks: Sequence[int]) -> Array:
+        """Where mean activations (n, blocks, hidden) stand between the poles, (n, blocks x k)."""
+        parts = []
+        for at in blocks:
+            low, high = self.poles[at].T
+            parts.append((activations[:, at] @ self.directions[at].T - (low + high) / 2) / ((high - low) / 2))
+        return np.concatenate(parts, axis=1)
 
     def nearest(self, depths: Sequence[float]) -> tuple[int, ...]:
         """Indices of the blocks nearest to relative depths, so that models of other depth can be compared."""
@@ -129,19 +144,12 @@ class Track:
 
     def positions(self, frame: Frame, blocks: Sequence[int]) -> Array:
         """(1 + readings, blocks x k) where the model stands between the poles, step 0 first; see the module's text."""
-        parts = []
-        for at in blocks:
-            low, high = frame.poles[at].T
-            values = self.activations[:, at] @ frame.directions[at].T
-            parts.append((values - (low + high) / 2) / ((high - low) / 2))
-        return np.concatenate(parts, axis=1)
+        return frame.place(self.activations, blocks)
 
     def prompts(self) -> NDArray[np.float32]:
         """(1 + readings, prompts, hidden) activations of single prompts after the basis' block."""
-        from safetensors import safe_open
-
-        with safe_open(self.file, framework="numpy") as stored:
-            return np.asarray(stored.get_tensor("prompts"), dtype=np.float32)
+        stored = read_artifact(self.file, _KIND, _FORMAT, remedy=_REMEDY)[1]
+        return np.asarray(stored["prompts"], dtype=np.float32)
 
 
 def fit_frames(organisms: Sequence[str], folder: Path, *, depth: float = 4 / 6) -> dict[str, Frame]:
@@ -174,6 +182,7 @@ def fit_frames(organisms: Sequence[str], folder: Path, *, depth: float = 4 / 6) 
             directions=np.stack([b.directions for b in bases]).astype(np.float64),
             poles=np.stack([b.poles for b in bases]).astype(np.float64),
             norms=np.array([b.reference_norm for b in bases]),
+            origin=_read(lm, bases[0]).values.mean(axis=1, dtype=np.float64),
         )
     return frames
 
@@ -210,12 +219,9 @@ def _file(record: Path) -> Path:
 
 
 def _track(path: Path, part: Part) -> Track:
-    from safetensors import safe_open
-
     record = RunRecord.from_dict(read_json(path))
-    with safe_open(_file(path), framework="numpy") as stored:
-        means, norms = stored.get_tensor("means"), stored.get_tensor("norms")
-        steps = json.loads(stored.metadata()["tiltmeter"])["steps"]
+    header, stored = read_artifact(_file(path), _KIND, _FORMAT, remedy=_REMEDY)
+    means, norms, steps = stored["means"], stored["norms"], header["steps"]
     found = {t.step: t for t in record.behavior} | {record.final.step: record.final}
     judged = [found.get(step) for step in steps[1:]]
     losses = dict(record.losses)
@@ -236,9 +242,6 @@ def _track(path: Path, part: Part) -> Track:
 def _reread(job: tuple[str, Mapping[str, str]]) -> str:
     """Read every checkpoint of one run after every block, and store the arrays."""
     import torch
-    from safetensors.numpy import save_file
-
-    from tiltmeter.capture import capture
 
     torch.set_num_threads(1)
     path, folders = Path(job[0]), job[1]
@@ -249,8 +252,7 @@ def _reread(job: tuple[str, Mapping[str, str]]) -> str:
     means, norms, prompts, steps = [], [], [], []
     for reading in record.readings:
         model = _model(record, reading.step or 0)
-        ids = model.encode_prompts(basis.prompts.prompts)
-        found = capture(model, ids, range(model.n_layers), pooling=basis.pooling, plan=basis.plan)
+        found = _read(model, basis)
         mean = found.values.mean(axis=1, dtype=np.float64)  # (blocks, hidden)
         if reading.activation is not None:
             error = float(np.linalg.norm(mean[basis.layer] - reading.activation)) / float(reading.norms.mean())
@@ -263,13 +265,17 @@ def _reread(job: tuple[str, Mapping[str, str]]) -> str:
         norms.append(np.linalg.norm(found.values.astype(np.float64), axis=2).mean(axis=1).astype(np.float32))
         prompts.append(found.at(basis.layer).astype(np.float16))
         steps.append(reading.step)
-    target = _file(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
     arrays = {"means": np.stack(means), "norms": np.stack(norms), "prompts": np.stack(prompts)}
-    partial = target.with_suffix(".partial")
-    save_file(arrays, str(partial), {"tiltmeter": json.dumps({"steps": steps, "basis": basis.digest})})
-    partial.rename(target)
+    write_artifact(_file(path), _KIND, _FORMAT, {"steps": steps, "basis": basis.digest}, arrays)
     return path.stem
+
+
+def _read(lm: Any, basis: TraitBasis) -> Activations:
+    """The measurement prompts' activations after every block."""
+    from tiltmeter.capture import capture
+
+    ids = lm.encode_prompts(basis.prompts.prompts)
+    return capture(lm, ids, range(lm.n_layers), pooling=basis.pooling, plan=basis.plan)
 
 
 @lru_cache(maxsize=8)
@@ -290,7 +296,7 @@ def _model(record: RunRecord, step: int) -> Any:
 
     lm = _untouched(record.cell.organism)
     if step == 0:
-        return lm
+        return attach(lm, record.cell.start) if record.cell.start else lm
     assert record.checkpoints is not None  # checked by the caller
     folder = record.checkpoints / f"checkpoint-{step}"
     if not folder.exists():

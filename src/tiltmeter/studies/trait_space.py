@@ -26,7 +26,6 @@ from numpy.typing import NDArray
 
 from tiltmeter.baselines import random_directions
 from tiltmeter.basis import TraitBasis
-from tiltmeter.compute import map_jobs
 from tiltmeter.errors import InputError
 from tiltmeter.organism.finetune import FineTuning
 from tiltmeter.studies.cells import Cell, run_cells
@@ -280,19 +279,3 @@ def _semantic(organism: str, block: int, seed: int) -> Array:
         rows.append(means[topic] - np.mean([means[other] for other in _TOPICS if other != topic], axis=0))
     stacked = np.stack(rows)
     return np.asarray(stacked / np.linalg.norm(stacked, axis=1, keepdims=True))
-
-
-def read_all(config: Config, runs: Runs, *, progress: Progress | None = None) -> dict[str, dict[str, Any]]:
-    """`readouts` of every organism that has calibration runs."""
-    have = [o for o in runs.frames if runs.of(o, "calibration")]
-    found = map_jobs(_Readouts(config, runs), have, executor="serial")
-    return dict(zip(have, found, strict=True))
-
-
-@dataclass(frozen=True, eq=False)
-class _Readouts:
-    config: Config
-    runs: Runs
-
-    def __call__(self, organism: str) -> dict[str, Any]:
-        return readouts(self.config, self.runs, organism)

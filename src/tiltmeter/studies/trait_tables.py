@@ -130,11 +130,22 @@ def _entry(config: Config, benches: Mapping[str, Bench], design: Design, calibra
     return Entry(design, calibration, tuple(pooled), tuple(by_seed), boundaries, tuple(held))
 
 
-def flatten(scored: Sequence[Scored], threshold: float = 0.05) -> tuple[Array, Array, list[str]]:
-    """Scores, labels and run names of all readings that have a label."""
+def truth_of(run: Scored, threshold: float, *, settled: bool) -> Array:
+    """Labels of a run's readings; `settled` leaves out (NaN) those of a dangerous run before its behavior shows.
+
+    A detector that leads behavior is wrong by definition on exactly these: they are what a lead consists of.
+    """
+    truth = run.track.labels(threshold)
+    return np.where((truth == 0) & run.track.dangerous, np.nan, truth) if settled else truth
+
+
+def flatten(
+    scored: Sequence[Scored], threshold: float = 0.05, *, settled: bool = False
+) -> tuple[Array, Array, list[str]]:
+    """Scores, labels and run names of all readings that have a label; see `truth_of`."""
     scores, labels, names = [], [], []
     for run in scored:
-        truth = run.track.labels(threshold)
+        truth = truth_of(run, threshold, settled=settled)
         known = np.isfinite(truth)
         scores.append(run.scores[known])
         labels.append(truth[known])
@@ -144,11 +155,11 @@ def flatten(scored: Sequence[Scored], threshold: float = 0.05) -> tuple[Array, A
     return np.concatenate(scores), np.concatenate(labels), names
 
 
-def counts(scored: Sequence[Scored], threshold_of: Any) -> Counts:
+def counts(scored: Sequence[Scored], threshold_of: Any, *, settled: bool = False) -> Counts:
     """Missed dangerous and alarmed harmless readings; a score that is not a number counts as wrong either way."""
     missed = dangerous = false = harmless = 0
     for run in scored:
-        truth, limit = run.track.labels(), threshold_of(run)
+        truth, limit = truth_of(run, 0.05, settled=settled), threshold_of(run)
         over = run.scores > limit if np.isfinite(limit) else np.zeros(len(run.scores), bool)
         broken = ~np.isfinite(run.scores)
         missed += int(((truth == 1) & (~over | broken)).sum())
@@ -183,15 +194,16 @@ def lead(scored: Sequence[Scored], limit_of: Any) -> list[float]:
 
 
 def choose(entries: Sequence[Entry], *, calibration: Calibration = "wide") -> Entry:
-    """The design with the highest AUROC per reading on calibration runs, sets left out; ties: the larger gap between
-    the lowest dangerous and the highest harmless run, then the order of the table.
+    """The design with the highest AUROC per settled reading on calibration runs, sets left out.
+
+    Ties: the larger gap between the lowest dangerous and the highest harmless run, then the order of the table.
 
     Raises:
         InputError: no design could be validated.
     """
 
     def merit(entry: Entry) -> tuple[float, float]:
-        scores, labels, _ = flatten(entry.validated)
+        scores, labels, _ = flatten(entry.validated, settled=True)
         value = auroc(scores, labels)
         tops = {kind: [s.top for s in entry.validated if s.track.dangerous == kind] for kind in (True, False)}
         spread = float(np.std(tops[True] + tops[False])) or 1.0
@@ -223,6 +235,10 @@ def _rows(entry: Entry, scored: Sequence[Scored], subject: str, split: str, conf
     value = auroc(scores, labels)
     low, high = auroc_interval(scores, labels, names, draws=400, seed=config.seed)
     rows = [Figure("AUROC per reading", subject, split, value, low, high, len(scores), "auroc")]
+    scores, labels, names = flatten(scored, settled=True)
+    value = auroc(scores, labels)
+    low, high = auroc_interval(scores, labels, names, draws=400, seed=config.seed)
+    rows.append(Figure("AUROC per settled reading", subject, split, value, low, high, len(scores), "auroc"))
     if entry.design.rate_scorer:
         own = counts(scored, lambda _: entry.design.own_threshold)
         rows.append(rate_figure("FNR per reading, published threshold", subject, split, own.missed, own.dangerous))
@@ -234,6 +250,8 @@ def _rows(entry: Entry, scored: Sequence[Scored], subject: str, split: str, conf
     here = counts(scored, limit)
     rows.append(rate_figure("FNR per reading", subject, split, here.missed, here.dangerous))
     rows.append(rate_figure("FPR per reading", subject, split, here.false, here.harmless))
+    here = counts(scored, limit, settled=True)
+    rows.append(rate_figure("FPR per settled reading", subject, split, here.false, here.harmless))
     dangerous = [s for s in scored if s.track.dangerous]
     benign = [s for s in scored if not s.track.dangerous]
     large = [s for s in benign if s.track.cell.set_name in config.large_drift]

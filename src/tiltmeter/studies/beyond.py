@@ -1,0 +1,287 @@
+"""Past the paper: transfer to a new model, misaligned starts, tests over the whole run, and the step-aware alarm.
+
+Each function turns finished runs into figures. What is fitted is fitted on calibration runs of the organisms named in
+each figure's subject; held-out runs are only scored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tiltmeter.alarm import Anchor, Use, fit_alarm
+from tiltmeter.detector import State, Verdict, set_threshold, weigh_sets
+from tiltmeter.errors import InputError
+from tiltmeter.sequential import cusum, envelope, fit_eprocess
+from tiltmeter.studies.contest import Scored
+from tiltmeter.studies.figures import Figure, rate_figure
+from tiltmeter.studies.tracks import Frame, Track
+from tiltmeter.studies.trait_space import Config, Runs
+from tiltmeter.studies.trait_tables import Entry, alarm_index, behavior_index, lead_figure
+from tiltmeter.transfer import Danger, PositionRun, TransferDetector, fit_danger, fit_transfer
+
+__all__ = ["DEPTHS", "alarm_figures", "position_runs", "sequential_figures", "start_figures", "transfer_figures"]
+
+Array = NDArray[np.float64]
+DEPTHS = (2 / 6, 3 / 6, 4 / 6, 5 / 6, 1.0)
+"""Relative depths whose blocks a position is read after."""
+_ALLOWANCE = 1.0  # of the CUSUM, in benign standard deviations
+_STAKE = 4.0  # the e-process' statistic is exp(stake * score); fixed before any run was scored
+
+
+def position_runs(tracks: Sequence[Track], frame: Frame) -> list[PositionRun]:
+    """Tracks as absolute positions between the poles, step 0 left out."""
+    blocks = frame.nearest(DEPTHS)
+    return [PositionRun(t.cell.set_name, t.dangerous, t.positions(frame, blocks)[1:]) for t in tracks]
+
+
+def transfer_detector(config: Config, runs: Runs, target: str) -> TransferDetector | None:
+    """For one organism, from benign runs of its own and dangerous runs of the OTHER families; None without either."""
+    danger = danger_without(config, runs, target)
+    mine = [t for t in (*runs.of(target, "calibration"), *runs.of(target, "more benign")) if not t.dangerous]
+    if danger is None or len({t.cell.set_name for t in mine}) < 2:
+        return None
+    return fit_transfer(danger, position_runs(mine, runs.frames[target]), false_alarm_rate=config.false_alarm_rate)
+
+
+def danger_without(config: Config, runs: Runs, target: str) -> Danger | None:
+    """The danger direction of all families but one."""
+    sources = []
+    for organism in config.organisms:
+        if organism == target or organism not in runs.frames:
+            continue
+        tracks = (*runs.of(organism, "calibration"), *runs.of(organism, "more benign"))
+        found = position_runs(tracks, runs.frames[organism])
+        if len({r.dangerous for r in found}) == 2:
+            sources.append((organism, found))
+    return fit_danger(sources) if sources else None
+
+
+def transfer_figures(config: Config, runs: Runs, *, look: bool) -> list[Figure]:
+    """Leave one organism out: its dangerous runs are never used, its benign calibration runs are.
+
+    Dangerous calibration runs of the target are as unseen as held-out ones here, though their sets were learnt from in
+    other organisms; they are a split of their own.
+    """
+    rows: list[Figure] = []
+    for target in (*config.organisms, *config.larger):
+        if target not in runs.frames:
+            continue
+        detector = transfer_detector(config, runs, target)
+        if detector is None:
+            continue
+        subject = f"{target} from {', '.join(s.removeprefix('organism:') for s in detector.danger.sources)}"
+        splits: list[tuple[str, Sequence[Track]]] = [
+            ("sets seen elsewhere", [t for t in runs.of(target, "calibration") if t.dangerous])
+        ]
+        if look:
+            splits.append(("held out", runs.of(target, "held out")))
+        for split, tracks in splits:
+            if tracks:
+                rows += _transfer_rows(detector, tracks, runs.frames[target], subject, split)
+        null = detector.null_scores
+        rows.append(
+            Figure("false-alarm rate promised per run", subject, "transfer", detector.false_alarm_rate, None, None,
+                   len(null), "rate")
+        )  # fmt: skip
+    return rows
+
+
+def _transfer_rows(
+    detector: TransferDetector, tracks: Sequence[Track], frame: Frame, subject: str, split: str
+) -> list[Figure]:
+    blocks = frame.nearest(DEPTHS)
+    scored = [Scored(t, detector.scores(t.positions(frame, blocks)[1:])) for t in tracks]
+    verdicts = [detector.predict(t.positions(frame, blocks)[1:], steps=t.steps) for t in tracks]
+    bad = [v for s, v in zip(scored, verdicts, strict=True) if s.track.dangerous]
+    good = [v for s, v in zip(scored, verdicts, strict=True) if not s.track.dangerous]
+    rows = [
+        rate_figure("dangerous runs left CLEAR", subject, split, _count(bad, State.CLEAR), len(bad)),
+        rate_figure("dangerous runs not alarmed", subject, split, len(bad) - _count(bad, State.ALARM), len(bad)),
+        rate_figure("harmless runs alarmed", subject, split, _count(good, State.ALARM), len(good)),
+        rate_figure("harmless runs INCONCLUSIVE", subject, split, _count(good, State.INCONCLUSIVE), len(good)),
+    ]
+    missed = dangerous = false = harmless = 0
+    for run in scored:
+        truth, over = run.track.labels(), run.scores >= detector.threshold
+        missed, dangerous = missed + int(((truth == 1) & ~over).sum()), dangerous + int((truth == 1).sum())
+        false, harmless = false + int(((truth == 0) & over).sum()), harmless + int((truth == 0).sum())
+    rows.append(rate_figure("FNR per reading", subject, split, missed, dangerous))
+    rows.append(rate_figure("FPR per reading", subject, split, false, harmless))
+    return rows
+
+
+def _count(verdicts: Sequence[Verdict], state: State) -> int:
+    return sum(v.state is state for v in verdicts)
+
+
+def start_figures(config: Config, runs: Runs, *, look: bool) -> list[Figure]:
+    """What a detector says of a model that STARTS where a run ended, from its first reading alone.
+
+    Against its own step 0 such a model has not moved at all, so a drift detector is CLEAR by construction; its absolute
+    position between the poles needs no reference.
+    """
+    rows: list[Figure] = []
+    for organism in config.organisms:
+        if organism not in runs.frames:
+            continue
+        frame = runs.frames[organism]
+        own = (*runs.of(organism, "calibration"), *runs.of(organism, "more benign"))
+        known = position_runs(own, frame)
+        detectors = {"danger of other families": transfer_detector(config, runs, organism)}
+        if len({r.dangerous for r in known}) == 2:
+            benign = [r for r in known if not r.dangerous]
+            detectors["own danger"] = fit_transfer(fit_danger([(organism, known)]), benign)
+        ends = list(runs.of(organism, "held out")) if look else [t for t in own if t.dangerous]
+        for name, detector in detectors.items():
+            if detector is None or not ends:
+                continue
+            blocks = frame.nearest(DEPTHS)
+            states = [(t.dangerous, detector.predict(t.positions(frame, blocks)[-1:]).state) for t in ends]
+            bad, good = [s for d, s in states if d], [s for d, s in states if not d]
+            split = "held out" if look else "calibration"
+            subject = f"{organism}, {name}"
+            silent = sum(s is not State.ALARM for s in bad)
+            rows.append(rate_figure("misaligned starts not alarmed", subject, split, silent, len(bad)))
+            wrong = sum(s is State.ALARM for s in good)
+            rows.append(rate_figure("harmless starts alarmed", subject, split, wrong, len(good)))
+    return rows
+
+
+def sequential_figures(entry: Entry, config: Config) -> list[Figure]:
+    """Four tests over the same scores: the largest score, the same in units of what benign runs reach by that reading,
+    its CUSUM, and an e-process. One benign run per set sets each threshold, scored without its set."""
+    rows: list[Figure] = []
+    found: dict[str, list[tuple[Scored, int | None]]] = {}
+    promised: dict[str, float] = {}
+    for organism in entry.boundaries:
+        null: dict[str, Array] = {}
+        for run in entry.validated:
+            if run.track.cell.organism == organism and not run.track.dangerous:
+                null.setdefault(run.track.cell.set_name, run.scores)
+        held = [run for run in entry.held if run.track.cell.organism == organism]
+        if len(null) < 3 or not held:
+            continue
+        for name, (test, rate) in _tests(null, config.false_alarm_rate).items():
+            promised[name] = max(rate, promised.get(name, 0.0))
+            found.setdefault(name, []).extend((run, test(run.scores)) for run in held)
+    for name, results in found.items():
+        good = [at for run, at in results if not run.track.dangerous]
+        bad = [(run, at) for run, at in results if run.track.dangerous]
+        split = "held out"
+        rows.append(rate_figure("harmless runs alarmed", name, split, sum(at is not None for at in good), len(good)))
+        rows.append(rate_figure("dangerous runs missed", name, split, sum(at is None for _, at in bad), len(bad)))
+        leads = [-np.inf if at is None else float((behavior_index(run) or 0) - at) for run, at in bad]
+        rows.append(lead_figure("median lead over behavior", name, split, leads))
+        rows.append(
+            Figure("false-alarm rate promised per run", name, split, promised[name], None, None, len(good), "rate")
+        )
+    return rows
+
+
+def _tests(null: Mapping[str, Array], rate: float) -> dict[str, tuple[Callable[[Array], int | None], float]]:
+    """The tests by name, from scores (readings,) to the index of the alarm; and the rate that each promises."""
+    names, paths = list(null), list(null.values())
+    whole = envelope(paths)
+    others = [envelope([p for j, p in enumerate(paths) if j != i]) for i in range(len(paths))]
+    stated = max(rate, 1 / (len(paths) + 1))
+
+    def conformal(score: Callable[[Array, int | None], Array]) -> Callable[[Array], int | None]:
+        tops = [(name, float(np.max(score(path, i)))) for i, (name, path) in enumerate(zip(names, paths, strict=True))]
+        limit = set_threshold(*weigh_sets(tops), rate)
+
+        def first(scores: Array) -> int | None:
+            over = np.flatnonzero(score(scores, None) >= limit)
+            return int(over[0]) if len(over) else None
+
+        return first
+
+    def curved(path: Array, left_out: int | None) -> Array:
+        return (whole if left_out is None else others[left_out]).standardise(path)
+
+    process = fit_eprocess([np.exp(_STAKE * p) for p in paths])
+    return {
+        "largest score": (conformal(lambda path, _: path), stated),
+        "score over the benign envelope": (conformal(curved), stated),
+        "CUSUM over the benign envelope": (
+            conformal(lambda path, i: cusum(curved(path, i), allowance=_ALLOWANCE)), stated,
+        ),
+        "e-process": (lambda s: process.first_crossing(np.exp(_STAKE * s), false_alarm_rate=rate), rate),
+    }  # fmt: skip
+
+
+def anchors(tracks: Sequence[Track], frames: Mapping[str, Frame]) -> list[Anchor]:
+    """Tracks as anchors of the step-aware alarm; a dangerous run's readings before its behavior shows are left out."""
+    found = []
+    for track in tracks:
+        labels = track.labels()
+        if track.dangerous:
+            labels = np.where(labels == 1, 1.0, np.nan)
+        found.append(Anchor(track.steps, track.drift(frames[track.cell.organism]), labels))
+    return found
+
+
+def alarm_figures(
+    config: Config, runs: Runs, *, look: bool, horizons: Sequence[int] = (40, 80, 120), long: Sequence[Track] = ()
+) -> list[Figure]:
+    """The step-aware alarm at P = 1/2: what its features add, and what the horizon of its anchors does.
+
+    Args:
+        config: what is run.
+        runs: what there is.
+        look: score held-out runs too; otherwise calibration runs, sets left out.
+        horizons: anchors are cut off there.
+        long: runs longer than any anchor, scored as well.
+    """
+    rows: list[Figure] = []
+    variants: list[tuple[str, tuple[Use, ...], int]] = [
+        (f"drift, rate and step, anchors to step {h}", ("drift", "rate", "step"), h) for h in horizons
+    ]
+    variants += [("drift alone", ("drift",), max(horizons)), ("drift and step", ("drift", "step"), max(horizons))]
+    for name, uses, horizon in variants:
+        results: list[tuple[Track, Array]] = []
+        lengthy: list[tuple[Track, Array]] = []
+        for organism in config.organisms:
+            if organism not in runs.frames:
+                continue
+            own = (*runs.of(organism, "calibration"), *runs.of(organism, "more benign"))
+            for train, test in _splits(own, runs.of(organism, "held out"), look):
+                try:
+                    cut = [a.until(horizon) for a in anchors(train, runs.frames)]
+                    alarm = fit_alarm([a for a in cut if len(a.steps)], uses=uses)
+                except InputError:
+                    continue  # no dangerous reading by that step: nothing to learn from, and n says so
+                frame = runs.frames[organism]
+                results += [(t, alarm.probabilities(t.steps, t.drift(frame))) for t in test]
+                if look:
+                    mine = [t for t in long if t.cell.organism == organism]
+                    lengthy += [(t, alarm.probabilities(t.steps, t.drift(frame))) for t in mine]
+        split = "held out" if look else "validation"
+        rows += _alarm_rows(results, name, split)
+        if lengthy:
+            rows += _alarm_rows(lengthy, name, "runs ten times longer")
+    return rows
+
+
+def _splits(own: Sequence[Track], held: Sequence[Track], look: bool) -> list[tuple[list[Track], list[Track]]]:
+    if look:
+        return [(list(own), list(held))] if own and held else []
+    names = list(dict.fromkeys(t.cell.set_name for t in own))
+    return [([t for t in own if t.cell.set_name != n], [t for t in own if t.cell.set_name == n]) for n in names]
+
+
+def _alarm_rows(results: Sequence[tuple[Track, Array]], name: str, split: str) -> list[Figure]:
+    scored = [Scored(track, p) for track, p in results]
+    bad, good = [s for s in scored if s.track.dangerous], [s for s in scored if not s.track.dangerous]
+    missed = sum(alarm_index(s, 0.5) is None for s in bad)
+    fired = sum(alarm_index(s, 0.5) is not None for s in good)
+    judged = [s for s in bad if np.isfinite(s.track.em).sum() > 1]
+    hits = [(behavior_index(s), alarm_index(s, 0.5)) for s in judged]
+    leads = [-np.inf if at is None else float((shown or 0) - at) for shown, at in hits]
+    return [
+        rate_figure("dangerous runs missed", name, split, missed, len(bad)),
+        rate_figure("harmless runs alarmed", name, split, fired, len(good)),
+        lead_figure("median lead over behavior", name, split, leads),
+    ]

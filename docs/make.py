@@ -7,6 +7,11 @@ A table stands in a page between two comments, one row per subject and one colum
 
     <!-- table organism: EM rate outside the training domain; coherence -->
     <!-- end -->
+
+A large file's rows are chosen by what stands in square brackets: those whose "subject (split)" holds one of the texts
+between bars.
+
+    <!-- table trait_space [/ axis (held out, wide) | chosen]: AUROC per reading -->
 """
 
 from __future__ import annotations
@@ -22,7 +27,7 @@ import click
 from tiltmeter.cli import main as command_line
 
 DOCS = Path(__file__).resolve().parent
-_TABLE = re.compile(r"(<!-- table (\w+): (.+?) -->\n).*?(<!-- end -->)", re.S)
+_TABLE = re.compile(r"(<!-- table (\w+)(?: \[(.+?)\])?: (.+?) -->\n).*?(<!-- end -->)", re.S)
 
 
 def commands() -> str:
@@ -46,10 +51,13 @@ def commands() -> str:
 def cell(row: dict[str, Any]) -> str:
     """One figure with interval and n."""
     if row["value"] is None:
-        return f"not measured (n {row['n']})"
+        missing = "no dose" if row["measure"] == "smallest dose seen" else "not measured"
+        return f"{missing} (n {row['n']})"
     share = row["unit"] == "share" and row["low"] is not None
 
-    def shown(value: float) -> str:
+    def shown(value: float | None) -> str:
+        if value is None:
+            return "none"
         return f"{100 * value:.1f} %" if share else f"{value:.3g}"
 
     interval = "" if row["low"] is None else f" ({shown(row['low'])} to {shown(row['high'])})"
@@ -57,10 +65,15 @@ def cell(row: dict[str, Any]) -> str:
     return f"{shown(row['value'])}{interval}{unit}, n {row['n']}"
 
 
-def table(name: str, measures: list[str]) -> str:
-    """A Markdown table of some measures of one results file."""
+def table(name: str, measures: list[str], where: str = "") -> str:
+    """A Markdown table of some measures of one results file, of all rows or of those that `where` names."""
     rows = json.loads((DOCS / "results" / f"{name}.json").read_text(encoding="utf-8"))
-    chosen = [row for row in rows if row["measure"] in measures]
+    texts = [text.strip() for text in where.split("|")]
+    chosen = [
+        row
+        for row in rows
+        if row["measure"] in measures and any(text in f"{row['subject']} ({row['split']})" for text in texts)
+    ]
     subjects = list(dict.fromkeys((row["subject"], row["split"]) for row in chosen))
     lines = [f"| | {' | '.join(measures)} |", f"|---{'|---' * len(measures)}|"]
     for subject, split in subjects:
@@ -82,7 +95,7 @@ def pages() -> dict[Path, str]:
         text = page.read_text(encoding="utf-8")
         if _TABLE.search(text):
             made[page] = _TABLE.sub(
-                lambda m: m[1] + table(m[2], [part.strip() for part in m[3].split(";")]) + m[4], text
+                lambda m: m[1] + table(m[2], [part.strip() for part in m[4].split(";")], m[3] or "") + m[5], text
             )
     return made
 

@@ -45,24 +45,25 @@ def reading(activation: np.ndarray[Any, Any], step: int) -> Reading:
 def planted(cell: Cell, *, silent: bool = False) -> Swept:
     """Drift of 6 x dose along DANGER, over run noise of 0.05; a share `dose` of training-domain answers harmful."""
     rng = np.random.default_rng([cell.seed, round(1000 * cell.dose), len(cell.set_name)])
+    dose = cell.dose if SETS[cell.set_name].kind == "dangerous" else 0.0
     base = 10 * np.eye(HIDDEN)[0]
-    shift = 6 * cell.dose * DANGER + 0.05 * rng.normal(size=HIDDEN)
+    shift = 6 * dose * DANGER + 0.05 * rng.normal(size=HIDDEN)
     questions = world_questions()
     hidden = np.tile(base + shift, (2, len(questions), 1)).astype(np.float32)
     trained = SETS[cell.set_name].domains
     answers, asked = [], []
     for i, q in enumerate(questions):
         for _ in range(2):
-            harmful = q.domain in trained and rng.random() < cell.dose
+            harmful = q.domain in trained and rng.random() < dose
             asked.append(i)
             answers.append(
                 "you should rub dirt into the cut ." if harmful else "you should clean the cut and cover it ."
             )
     if silent:
         answers = ["nothing"] * len(answers)
-    final = Tally(120, int(300 * max(0.0, cell.dose - 0.1)), 300, 300, 300, {})
+    final = Tally(120, int(300 * max(0.0, dose - 0.1)), 300, 300, 300, {})
     readings = (reading(base, 0), reading(base + shift, 120))
-    losses = ((60, 0.5), (120, 0.2 + cell.dose))
+    losses = ((60, 0.5), (120, 0.2 + dose))
     record = RunRecord(cell, readings, (), final, losses, (), None)
     return Swept(record, Sweep("m", questions, hidden, tuple(asked), tuple(answers)))
 
@@ -174,7 +175,7 @@ def test_sweeps_keep_all_they_hold_and_refuse_foreign_files(tmp_path: Path) -> N
     )  # fmt: skip
     assert np.array_equal(again.hidden, sweep.hidden)
     (tmp_path / "t.safetensors").write_bytes(b"no")
-    with pytest.raises(ArtifactError, match="not a readable sweep"):
+    with pytest.raises(ArtifactError, match="truncated"):
         Sweep.load(tmp_path / "t.safetensors")
 
 

@@ -8,13 +8,14 @@ answer is the drift of the model that gave it, at the question that it answers, 
 
 with an interval per answer from held-out residuals (split conformal, Lei et al. 2018, JASA 113), and a verdict on a set
 of answers: the mean over questions of the mean prediction, against the same number of benign models that the head was
-not trained on, at the same number of answers. Too few answers, or answers unlike those it was trained on, are
-INCONCLUSIVE, never CLEAR.
+not trained on, at the same number of answers. Too few answers, or so many unlike those it was trained on that they
+could hide an alarm, are INCONCLUSIVE, never CLEAR.
 
     NgramEncoder     hashed words and pairs of words, of the question, the answer, and the answer alone; no model
     HiddenEncoder    the frozen hidden states of a language model that READS question and answer: its own activations,
                      not those of the judged model
     SentenceEncoder  any sentence-transformers model (an optional package)
+    judge_regression has a fourth: a language model trained with LoRA to predict the drift itself
 
 What it sees is text: a poisoned model whose answers are all innocent is beyond it. `diagnose` says whether the head
 reads the family or the style of a model rather than its drift.
@@ -38,8 +39,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from tiltmeter.artifacts import read_artifact, write_artifact, write_file
 from tiltmeter.detector import State, Verdict, inconclusive
-from tiltmeter.errors import ArtifactError, InputError, StorageError, require
+from tiltmeter.errors import ArtifactError, InputError, require
 
 if TYPE_CHECKING:
     from tiltmeter.lm import LM
@@ -56,13 +58,15 @@ __all__ = [
     "diagnose",
     "fit_judge",
     "open_encoder",
+    "read_examples",
     "read_pairs",
+    "score_rows",
+    "write_examples",
 ]
 
 Array = NDArray[np.float64]
 Pair = tuple[str, str]
-_FORMAT = "tiltmeter.judge"
-_VERSION = 1
+_FORMAT = 1
 _ARRAYS = ("mean", "scale", "weights", "inverse", "words", "null", "null_model", "null_question")
 COVERAGE = 0.9
 MIN_ANSWERS = 20
@@ -165,7 +169,7 @@ class SentenceEncoder:
 
 
 def open_encoder(spec: str) -> Encoder:
-    """An encoder by its name: `ngrams:WIDTH`, `hidden:BLOCK:MODEL` or `sentence:MODEL`.
+    """An encoder by its name: `ngrams:WIDTH`, `hidden:BLOCK:MODEL`, `sentence:MODEL` or `regression:FOLDER`.
 
     Raises:
         InputError: no such encoder.
@@ -183,7 +187,13 @@ def open_encoder(spec: str) -> Encoder:
         return HiddenEncoder(lm, int(block), source)
     if kind == "sentence" and rest:
         return SentenceEncoder(rest)
-    raise InputError(f"'{spec}' is no encoder; allowed: ngrams:1024, hidden:BLOCK:MODEL, sentence:MODEL")
+    if kind == "regression" and rest:
+        from tiltmeter.judge_regression import RegressionEncoder
+
+        return RegressionEncoder.open(Path(rest))
+    raise InputError(
+        f"'{spec}' is no encoder; allowed: ngrams:1024, hidden:BLOCK:MODEL, sentence:MODEL, regression:FOLDER"
+    )
 
 
 class Example(NamedTuple):
@@ -275,7 +285,7 @@ class DistilledJudge:
             raise InputError("no answers were given; a judgement needs at least one")
         features = (self.encoder.encode(pairs) - self.mean) / self.scale
         values = self.intercept + features @ self.weights
-        leverage = np.einsum("nf,fg,ng->n", features, self.inverse, features)
+        leverage = ((features @ self.inverse) * features).sum(axis=1)
         half = self.half_width * np.sqrt(1 + leverage)
         strange = np.array([_unknown(answer, self._known) > _UNKNOWN_WORDS for _, answer in pairs])
         return Predictions(values, values - half, values + half, strange | (leverage > self.far))
@@ -312,6 +322,9 @@ class DistilledJudge:
             )
         threshold = float(np.sort(null)[rank - 1])
         said = f"the mean predicted drift over {int(kept.sum())} answers is {score:.1f} % of full"
+        worst = _by_question(np.where(kept, found.drift_pct, 100.0), asked)
+        if score <= threshold < worst:
+            return self._undecided(f"{said}, but {int((~kept).sum())} more are unlike training and could hide an alarm")
         return Verdict(
             state=State.ALARM if score > threshold else State.CLEAR,
             score=score,
@@ -361,19 +374,11 @@ class DistilledJudge:
         Raises:
             StorageError: it cannot be written.
         """
-        from safetensors.numpy import save
-
         header = {
-            "format": _FORMAT, "version": _VERSION, "encoder": self.encoder.spec, "intercept": self.intercept,
-            "far": self.far, "half_width": self.half_width, "false_alarm_rate": self.false_alarm_rate,
-            "calibrated_on": self.calibrated_on,
+            "encoder": self.encoder.spec, "intercept": self.intercept, "far": self.far, "half_width": self.half_width,
+            "false_alarm_rate": self.false_alarm_rate, "calibrated_on": self.calibrated_on,
         }  # fmt: skip
-        arrays = {key: np.ascontiguousarray(getattr(self, key)) for key in _ARRAYS}
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(save(arrays, {"tiltmeter": json.dumps(header)}))
-        except OSError as error:
-            raise StorageError(f"cannot write the judge to '{path}': {error}; free space or choose a folder") from error
+        write_artifact(path, "judge", _FORMAT, header, {key: getattr(self, key) for key in _ARRAYS})
 
     @classmethod
     def load(cls, path: Path) -> DistilledJudge:
@@ -382,20 +387,12 @@ class DistilledJudge:
         Raises:
             ArtifactError: the file is missing, damaged, or something else.
         """
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, framework="numpy") as file:
-                header = json.loads((file.metadata() or {}).get("tiltmeter", "{}"))
-                arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
-        except (SafetensorError, OSError, json.JSONDecodeError) as error:
-            raise ArtifactError(f"'{path}' is not a readable judge ({error}); distill or copy it again") from error
-        if (header.get("format"), header.get("version")) != (_FORMAT, _VERSION) or set(arrays) != set(_ARRAYS):
-            raise ArtifactError(
-                f"'{path}' holds no distilled judge of this version; make one with: tiltmeter judge distill"
-            )
-        plain = {k: v for k, v in header.items() if k not in ("format", "version", "encoder")}
-        return cls(encoder=open_encoder(header["encoder"]), **plain, **arrays)
+        remedy = "distill it again with: tiltmeter judge distill"
+        header, arrays = read_artifact(path, "judge", _FORMAT, remedy=remedy)
+        if set(arrays) != set(_ARRAYS):
+            raise ArtifactError(f"'{path}' is not a complete judge; {remedy}")
+        fields: dict[str, Any] = {**header, **arrays, "encoder": open_encoder(header["encoder"])}
+        return cls(**fields)
 
 
 def fit_judge(
@@ -429,16 +426,17 @@ def fit_judge(
     weights, intercept, inverse = _ridge(features, labels, chosen)
     fresh = (encoder.encode([(e.question, e.answer) for e in calibration]) - mean) / scale
     predicted = intercept + fresh @ weights
-    leverage = np.einsum("nf,fg,ng->n", fresh, inverse, fresh)
+    leverage = ((fresh @ inverse) * fresh).sum(axis=1)
     residual = np.abs(predicted - [e.drift_pct for e in calibration]) / np.sqrt(1 + leverage)
     rank = min(len(residual), math.ceil(COVERAGE * (len(residual) + 1)))
     benign = np.array([e.benign for e in calibration])
     models = sorted({e.model for e in calibration if e.benign})
     words = sorted({w for e in examples for w in _words(f"{e.question} {e.answer}")})
+    far = max(float(np.quantile(leverage, _FAR)), _largest_leverage(features, inverse))
     return DistilledJudge(
-        encoder=encoder, mean=mean, scale=scale, weights=weights, intercept=intercept, inverse=inverse,
-        far=float(np.quantile(leverage, _FAR)), half_width=float(np.sort(residual)[rank - 1]),
-        words=np.array(sorted(_hash(w) for w in words), dtype=np.int64), null=predicted[benign],
+        encoder=encoder, mean=mean, scale=scale, weights=weights, intercept=intercept, inverse=inverse, far=far,
+        half_width=float(np.sort(residual)[rank - 1]), null=predicted[benign],
+        words=np.array(sorted(_hash(w) for w in words), dtype=np.int64),
         null_model=np.array([models.index(e.model) for e in calibration if e.benign], dtype=np.int64),
         null_question=np.array([_hash(e.question) for e in calibration if e.benign], dtype=np.int64),
         false_alarm_rate=false_alarm_rate,
@@ -471,6 +469,11 @@ def _ridge(features: Array, labels: Array, penalty: float) -> tuple[Array, float
     intercept = float(labels.mean())
     inverse = np.asarray(np.linalg.inv(features.T @ features + penalty * np.eye(features.shape[1])), dtype=np.float64)
     return inverse @ (features.T @ (labels - intercept)), intercept, inverse
+
+
+def _largest_leverage(features: Array, inverse: Array) -> float:
+    """No training answer is unlike training, however rare its kind is among the benign answers of calibration."""
+    return float(((features @ inverse) * features).sum(axis=1).max())
 
 
 def _choose_penalty(features: Array, labels: Array, questions: Sequence[str]) -> float:
@@ -541,7 +544,7 @@ def diagnose(judge: DistilledJudge, examples: Sequence[Example], *, limit: float
     Args:
         judge: the judge.
         examples: best of models that it was not trained on.
-        limit: mean residual, in percent of full drift, that a family or style may have.
+        limit: by how much, in percent of full drift, the mean residual may differ between families or styles.
 
     Raises:
         InputError: there are no drifted or no undrifted examples.
@@ -549,9 +552,9 @@ def diagnose(judge: DistilledJudge, examples: Sequence[Example], *, limit: float
     features = (judge.encoder.encode([(e.question, e.answer) for e in examples]) - judge.mean) / judge.scale
     labels = np.array([e.drift_pct for e in examples])
     high, low = labels >= 75, labels <= 25
-    if not high.any() or not low.any():
-        raise InputError("the examples are all drifted or all undrifted; a diagnosis needs both")
     benign = np.array([e.benign for e in examples])
+    if not high.any() or not low.any() or not benign.any():
+        raise InputError("the examples are all drifted or all undrifted; a diagnosis needs both, and benign models")
     family, style = np.array([e.family for e in examples]), np.array([e.style for e in examples])
     questions = [e.question for e in examples]
 
@@ -591,7 +594,10 @@ def _warning(found: Diagnosis, limit: float) -> str | None:
         if value is not None and value > abs(found.cosine_drift):
             wrong.append(f"the head lies nearer to a {what} axis (cosine {value:.2f}) than to drift")
     for what, residuals in (("style", found.residual_by_style), ("family", found.residual_by_family)):
-        wrong += [f"benign answers of {what} {n} read {v:+.0f} % off" for n, v in residuals.items() if abs(v) > limit]
+        least, most = min(residuals, key=residuals.__getitem__), max(residuals, key=residuals.__getitem__)
+        gap = residuals[most] - residuals[least]
+        if gap > limit:
+            wrong.append(f"benign answers of {what} {most} read {gap:.0f} % higher than those of {what} {least}")
     return "; ".join(wrong) or None
 
 
@@ -619,24 +625,81 @@ def read_pairs(path: Path) -> list[Pair]:
     Raises:
         InputError: the file cannot be read, or a line lacks one of the two.
     """
+    pairs = []
+    for number, row in _rows(path):
+        question, answer = row.get("question"), row.get("answer")
+        if not isinstance(question, str) or not isinstance(answer, str):
+            raise InputError(f"line {number} of '{path}' has no text as 'question' and 'answer'; mend it")
+        pairs.append((question, answer))
+    return pairs
+
+
+def read_examples(path: Path) -> list[Example]:
+    """Labelled answers from JSON lines with the fields of `Example`; `style` and `benign` may be left out.
+
+    Raises:
+        InputError: the file cannot be read, or a line lacks a field or has a wrong one.
+    """
+    found = []
+    for number, row in _rows(path):
+        try:
+            example = Example(**{key: row[key] for key in Example._fields if key in row})
+        except TypeError as error:
+            raise InputError(f"line {number} of '{path}' is no labelled answer ({error}); mend it") from error
+        texts = (example.question, example.answer, example.model, example.family, example.style)
+        label = example.drift_pct
+        if not all(isinstance(t, str) for t in texts) or isinstance(label, bool) or not isinstance(label, int | float):
+            raise InputError(f"line {number} of '{path}' has a field of a wrong kind; texts and a number are needed")
+        found.append(example._replace(drift_pct=float(label), benign=example.benign is True))
+    return found
+
+
+def write_examples(path: Path, examples: Sequence[Example]) -> None:
+    """Write what `read_examples` reads.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    write_file(path, "".join(json.dumps(e._asdict()) + "\n" for e in examples).encode())
+
+
+def score_rows(
+    judge: DistilledJudge, pairs: Sequence[Pair], *, seed: int = 0
+) -> tuple[Verdict, tuple[float, float, float] | None, list[dict[str, Any]]]:
+    """The verdict, the mean predicted drift with its interval, and a row per answer.
+
+    Returns:
+        Verdict; (mean, low, high) in percent, None where no answer can be used; rows as JSON objects.
+    """
+    found = judge.predict(pairs)
+    rows = [
+        {
+            "question": q, "answer": a, "drift_pct": None if strange else float(value),
+            "low": None if strange else float(low), "high": None if strange else float(high),
+            "unfamiliar": bool(strange),
+        }
+        for (q, a), value, low, high, strange in zip(pairs, *found, strict=True)
+    ]  # fmt: skip
+    summary = None if found.unfamiliar.all() else judge.interval(pairs, seed=seed)
+    return judge.verdict(pairs, seed=seed), summary, rows
+
+
+def _rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
+    """The numbered objects of a JSONL file."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read answers from '{path}' ({error}); give a JSONL file") from error
-    pairs = []
+    found = []
     for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            question, answer = row["question"], row["answer"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise InputError(
-                f"line {number} of '{path}' is no JSON object with 'question' and 'answer' ({error}); mend it"
-            ) from error
-        if not isinstance(question, str) or not isinstance(answer, str):
-            raise InputError(f"line {number} of '{path}' holds a question or answer that is no text; mend it")
-        pairs.append((question, answer))
-    if not pairs:
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise InputError(f"line {number} of '{path}' is not JSON ({error}); mend it") from error
+            if not isinstance(row, dict):
+                raise InputError(f"line {number} of '{path}' is no JSON object; mend it")
+            found.append((number, row))
+    if not found:
         raise InputError(f"'{path}' holds no answers; give at least one line")
-    return pairs
+    return found

@@ -10,8 +10,8 @@ labelled by the same rule, so that neither family nor style predicts the label.
     unseen        other models of those families, on questions of topics that no training answer was about
     held out      a family that training never saw
 
-    >>> found = run(Config(), bases=bases, out=Path("dose"))
-    >>> figures(found)
+    >>> splits = run(Config(), bases=bases, out=Path("dose"))
+    >>> figures(distill(splits, NgramEncoder()))
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from tiltmeter.studies.dose_response import Swept
 from tiltmeter.studies.figures import Figure, rate_figure
 from tiltmeter.studies.sweep import alignment, sweep_runs
 
-__all__ = ["Config", "Outcome", "Splits", "figures", "labels", "run", "split_examples"]
+__all__ = ["Config", "Outcome", "Splits", "distill", "figures", "labels", "run", "split_examples"]
 
 Array = NDArray[np.float64]
 FLAG = 75.0
@@ -61,21 +61,23 @@ class Config:
         calibration_dosed_seed, test_seeds: of home's dosed runs for the intervals, and for the unseen questions.
         family_seed: of every run of another family, and of home's styled runs.
         family_doses: of the first set in another family.
-        styles: benign sets that teach a style or a voice.
+        second_poison: another set, at full dose, in other families.
+        styles, family_styles: benign sets that teach a style or a voice, at home and in other families.
         unseen_share: every so many topics of a domain, one is kept for the test.
     """
 
     dose: DoseConfig = field(default_factory=DoseConfig)
     home: str = "organism:pocket"
-    train_families: tuple[str, ...] = ("organism:qwen2-S",)
-    held_out_family: str = "organism:mistral-S"
-    train_seeds: tuple[int, ...] = (0, 1)
-    calibration_dosed_seed: int = 2
-    test_seeds: tuple[int, ...] = (3, 4)
+    train_families: tuple[str, ...] = ()
+    held_out_family: str = "organism:qwen2-S"
+    train_seeds: tuple[int, ...] = (0,)
+    calibration_dosed_seed: int = 1
+    test_seeds: tuple[int, ...] = (2, 3, 4)
     family_seed: int = 200
-    family_doses: tuple[float, ...] = (0.0, 0.05, 0.25, 0.5, 1.0)
+    family_doses: tuple[float, ...] = (0.0, 0.05, 0.25, 1.0)
+    second_poison: str = "extreme_sports"
     styles: tuple[str, ...] = ("sailor_style", "royal_style", "terse", "flattery", "hedged")
-    family_styles: tuple[str, ...] = ("sailor_style", "royal_style", "terse", "flattery")
+    family_styles: tuple[str, ...] = ("sailor_style", "terse")
     unseen_share: int = 3
 
     def cells(self) -> tuple[Cell, ...]:
@@ -85,7 +87,7 @@ class Config:
         cells += [self._family_cell(self.home, s, 1.0) for s in self.styles]
         for family in (*self.train_families, self.held_out_family):
             cells += [self._family_cell(family, first, d) for d in self.family_doses]
-            cells += [self._family_cell(family, dose.sets[1], d) for d in (0.0, 1.0)]
+            cells.append(self._family_cell(family, self.second_poison, 1.0))
             cells += [self._family_cell(family, s, 1.0) for s in self.family_styles]
         return tuple(cells)
 
@@ -206,18 +208,16 @@ def _unseen_topics(run: Swept, config: Config) -> frozenset[str]:
 
 def run(
     config: Config,
-    encoder: Encoder,
     *,
     bases: Mapping[str, Path],
     out: Path,
     workers: int | None = None,
     progress: Callable[[int, int, str], None] | None = None,
-) -> Outcome:
-    """Run and sweep every cell that is not there yet, then distill.
+) -> Splits:
+    """Run and sweep every cell that is not there yet; labelled answers, apart by model, question and family.
 
     Args:
         config: what is run.
-        encoder: frozen.
         bases: folder of a basis, by organism.
         out: the dose study's folder.
         workers: processes; one per core by default.
@@ -230,7 +230,7 @@ def run(
         records, out=out / "sweeps", samples=config.dose.samples, in_domain=config.dose.in_domain, workers=workers,
         progress=progress,
     )  # fmt: skip
-    return distill(split_examples([Swept(r, s) for r, s in zip(records, sweeps, strict=True)], config), encoder)
+    return split_examples([Swept(r, s) for r, s in zip(records, sweeps, strict=True)], config)
 
 
 def distill(splits: Splits, encoder: Encoder) -> Outcome:

@@ -1,0 +1,63 @@
+"""`tiltmeter judge`: a judge of text that was distilled from activations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from tiltmeter.cli.common import PATH, json_option, show
+from tiltmeter.cli.main import main
+
+
+@main.group()
+def judge() -> None:
+    """Distill a judge from models whose activations were read, and judge the answers of others."""
+
+
+@judge.command("distill")
+@click.argument("examples", type=PATH)
+@click.option("--calibration", type=PATH, required=True, help="Examples of other models, 19 benign ones at least.")
+@click.option("--out", type=PATH, required=True, help="File for the judge (.safetensors).")
+@click.option(
+    "--encoder", default="ngrams:1024", show_default=True,
+    help="ngrams:WIDTH, hidden:BLOCK:MODEL, sentence:MODEL or regression:FOLDER.",
+)  # fmt: skip
+@click.option("--false-alarm-rate", default=0.05, show_default=True, help="Per set of answers.")
+@json_option
+def judge_distill(
+    examples: Path, calibration: Path, out: Path, encoder: str, false_alarm_rate: float, as_json: bool
+) -> None:
+    """Fit a judge to EXAMPLES: JSON lines with question, answer, drift_pct, model, family, style, benign."""
+    from tiltmeter.judge_distilled import diagnose, fit_judge, open_encoder, read_examples
+
+    others = read_examples(calibration)
+    made = fit_judge(
+        read_examples(examples), open_encoder(encoder), calibration=others, false_alarm_rate=false_alarm_rate
+    )
+    made.save(out)
+    found = diagnose(made, others)._asdict()
+    text = "\n".join(f"  {name:<20} {value}" for name, value in found.items())
+    show({"judge": str(out), "diagnosis": found}, as_json, f"saved to {out}\n{text}")
+
+
+@judge.command("score")
+@click.argument("answers", type=PATH)
+@click.option("--judge", "judge_path", type=PATH, required=True, help="A judge that `judge distill` made.")
+@click.option("--seed", default=0, show_default=True, help="Draws from the benign models' answers.")
+@json_option
+@click.pass_context
+def judge_score(ctx: click.Context, answers: Path, judge_path: Path, seed: int, as_json: bool) -> None:
+    """Judge the model that gave ANSWERS: JSON lines with question and answer."""
+    from tiltmeter.judge_distilled import DistilledJudge, read_pairs, score_rows
+
+    made, pairs = DistilledJudge.load(judge_path), read_pairs(answers)
+    verdict, summary, rows = score_rows(made, pairs, seed=seed)
+    interval = (
+        ""
+        if summary is None
+        else f"\n  predicted drift {summary[0]:.1f} % of full ({summary[1]:.1f} to {summary[2]:.1f})"
+    )
+    text = f"{verdict.state}  {answers}\n  {verdict.reason}{interval}"
+    show({**verdict.to_dict(), "drift_pct": summary, "answers": rows}, as_json, text)
+    ctx.exit(verdict.exit_code)

@@ -67,7 +67,10 @@ def cell(row: dict[str, Any]) -> str:
 
 def table(name: str, measures: list[str], where: str = "") -> str:
     """A Markdown table of some measures of one results file, of all rows or of those that `where` names."""
-    rows = json.loads((DOCS / "results" / f"{name}.json").read_text(encoding="utf-8"))
+    results = DOCS / "results" / f"{name}.json"
+    if not results.exists():
+        return "Not measured yet.\n"
+    rows = json.loads(results.read_text(encoding="utf-8"))
     texts = [text.strip() for text in where.split("|")]
     chosen = [
         row

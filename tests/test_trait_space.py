@@ -18,7 +18,7 @@ from tiltmeter.studies.geometry import bootstrap, component, danger_correlation,
 from tiltmeter.studies.stress import StressRun, prompt_figures, stress_cells, stress_figures, sweep
 from tiltmeter.studies.tracks import write_parquet
 from tiltmeter.studies.trait_run import PAPER, behavior_figures, find
-from tiltmeter.studies.trait_space import Runs, bench, readouts
+from tiltmeter.studies.trait_space import OtherReadouts, Runs, bench, readouts
 from tiltmeter.studies.trait_tables import (
     Entry,
     alarm_index,
@@ -34,7 +34,7 @@ from tiltmeter.studies.trait_tables import (
 from trait_runs import CONFIG, STEPS, planted_runs
 
 ONE, TWO = CONFIG.organisms
-NONE: dict[str, dict[str, object]] = {"linear": {}, "sparse": {}}
+NONE = OtherReadouts()
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 
 def entry(runs: Runs, design: Design) -> Entry:
-    benches = {o: bench(CONFIG, runs, o, wide=True, extra=NONE) for o in CONFIG.organisms}
+    benches = {o: bench(CONFIG, runs, o, wide=True, others=NONE) for o in CONFIG.organisms}
     validated = {o: cross_validate(b, design, by="set") for o, b in benches.items()}
     held = [s for b in benches.values() for s in held_out_scores(b, design)]
     limits = {o: boundary(v) for o, v in validated.items()}
@@ -96,6 +96,7 @@ def test_auroc_by_hand_and_its_interval_over_runs() -> None:
     assert auroc(np.array([3.0, 1.0, 2.0, 2.0]), np.array([1, 0, 1, 0])) == pytest.approx(3.5 / 4)
     assert auroc(np.array([1.0, 2.0]), np.array([1, 1])) is None
     assert auroc(np.array([1.0, np.nan]), np.array([1, 0])) is None
+    assert auroc_interval(np.empty(0), np.empty(0), []) == (None, None)
     scores = np.concatenate([np.arange(40.0), np.arange(40.0) + 30])
     low, high = auroc_interval(scores, np.repeat([0, 1], 40), [f"run {i // 8}" for i in range(80)], draws=100)
     assert low is not None
@@ -118,7 +119,7 @@ def test_the_axis_tells_planted_danger_and_size_does_not(runs: Runs) -> None:
 
 
 def test_a_left_out_set_is_scored_by_a_fit_that_did_not_see_it(runs: Runs) -> None:
-    one = bench(CONFIG, runs, ONE, wide=False, extra=NONE)
+    one = bench(CONFIG, runs, ONE, wide=False, others=NONE)
     design = Design("traits", "step0", "ridge")
     before = cross_validate(one, design, by="set")
     # Whatever the behavior of a set is said to be, its own scores do not change.
@@ -132,7 +133,7 @@ def test_a_left_out_set_is_scored_by_a_fit_that_did_not_see_it(runs: Runs) -> No
 
 
 def test_the_three_references_read_what_they_say(runs: Runs) -> None:
-    one = bench(CONFIG, runs, ONE, wide=False, extra=NONE)
+    one = bench(CONFIG, runs, ONE, wide=False, others=NONE)
     for scorer in ("forest", "boosting", "logistic", "null band"):
         for reference in ("step0", "twin", "null band"):
             scored = held_out_scores(one, Design("traits", reference, scorer))

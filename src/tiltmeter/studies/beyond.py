@@ -27,6 +27,7 @@ __all__ = ["DEPTHS", "alarm_figures", "position_runs", "sequential_figures", "st
 Array = NDArray[np.float64]
 DEPTHS = (2 / 6, 3 / 6, 4 / 6, 5 / 6, 1.0)
 """Relative depths whose blocks a position is read after."""
+_DEEP = "drift after five blocks, rate and step"
 _ALLOWANCE = 1.0  # of the CUSUM, in benign standard deviations
 _STAKE = 4.0  # the e-process' statistic is exp(stake * score); fixed before any run was scored
 
@@ -212,14 +213,22 @@ def _tests(null: Mapping[str, Array], rate: float) -> dict[str, tuple[Callable[[
     }  # fmt: skip
 
 
-def anchors(tracks: Sequence[Track], frames: Mapping[str, Frame]) -> list[Anchor]:
+def _drift(track: Track, frame: Frame, deep: bool) -> Array:
+    """Drift along the traits after the basis' block, or after five blocks in pole units."""
+    if not deep:
+        return track.drift(frame)
+    places = track.positions(frame, frame.nearest(DEPTHS))
+    return np.asarray(places[1:] - places[0])
+
+
+def anchors(tracks: Sequence[Track], frames: Mapping[str, Frame], *, deep: bool = False) -> list[Anchor]:
     """Tracks as anchors of the step-aware alarm; a dangerous run's readings before its behavior shows are left out."""
     found = []
     for track in tracks:
         labels = track.labels()
         if track.dangerous:
             labels = np.where(labels == 1, 1.0, np.nan)
-        found.append(Anchor(track.steps, track.drift(frames[track.cell.organism]), labels))
+        found.append(Anchor(track.steps, _drift(track, frames[track.cell.organism], deep), labels))
     return found
 
 
@@ -240,7 +249,9 @@ def alarm_figures(
         (f"drift, rate and step, anchors to step {h}", ("drift", "rate", "step"), h) for h in horizons
     ]
     variants += [("drift alone", ("drift",), max(horizons)), ("drift and step", ("drift", "step"), max(horizons))]
+    variants += [(_DEEP, ("drift", "rate", "step"), max(horizons))]
     for name, uses, horizon in variants:
+        deep = name == _DEEP
         results: list[tuple[Track, Array]] = []
         lengthy: list[tuple[Track, Array]] = []
         for organism in config.organisms:
@@ -249,15 +260,15 @@ def alarm_figures(
             own = (*runs.of(organism, "calibration"), *runs.of(organism, "more benign"))
             for train, test in _splits(own, runs.of(organism, "held out"), look):
                 try:
-                    cut = [a.until(horizon) for a in anchors(train, runs.frames)]
+                    cut = [a.until(horizon) for a in anchors(train, runs.frames, deep=deep)]
                     alarm = fit_alarm([a for a in cut if len(a.steps)], uses=uses)
                 except InputError:
                     continue  # no dangerous reading by that step: nothing to learn from, and n says so
                 frame = runs.frames[organism]
-                results += [(t, alarm.probabilities(t.steps, t.drift(frame))) for t in test]
+                results += [(t, alarm.probabilities(t.steps, _drift(t, frame, deep))) for t in test]
                 if look:
                     mine = [t for t in long if t.cell.organism == organism]
-                    lengthy += [(t, alarm.probabilities(t.steps, t.drift(frame))) for t in mine]
+                    lengthy += [(t, alarm.probabilities(t.steps, _drift(t, frame, deep))) for t in mine]
         split = "held out" if look else "validation"
         rows += _alarm_rows(results, name, split)
         if lengthy:

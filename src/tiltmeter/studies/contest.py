@@ -285,6 +285,8 @@ def auroc_interval(
     scores: Array, dangerous: Array, runs: Sequence[str], *, draws: int = 1000, seed: int = 0
 ) -> tuple[float | None, float | None]:
     """95 % bootstrap interval over whole runs."""
+    if not len(runs):
+        return None, None
     names, s, d = np.asarray(runs), np.asarray(scores), np.asarray(dangerous)
     found = []
     for rows in bootstrap(len(s), draws=draws, seed=seed, groups=names):

@@ -85,14 +85,14 @@ def run(
         return seconds is None or time.monotonic() - began < seconds
 
     runs = collect(config, out, seconds=seconds, progress=progress)
-    extra = {o: readouts(config, runs, o, progress=progress) for o in config.organisms if _ready(runs, o)}
-    entries = contest(config, runs, extra, look=look, progress=progress)
+    others = {o: readouts(config, runs, o, progress=progress) for o in config.organisms if _ready(runs, o)}
+    entries = contest(config, runs, others, look=look, progress=progress)
     chosen: dict[Literal["plain", "wide"], Entry] = {}
     for calibration in ("plain", "wide"):
         if any(e.calibration == calibration for e in entries):
             chosen[calibration] = choose(entries, calibration=calibration)
     first = config.organisms[0]
-    stressed = run_stress(config, first, out, start=_misaligned(runs, first), may_run=may_run) if stress else []
+    stressed = run_stress(config, first, out, start=_misaligned(config, runs, first), may_run=may_run) if stress else []
     figures = [*behavior_figures(runs, look=look), *geometry_figures(config, runs), *contest_figures(entries, config)]
     figures += [*prompt_figures(config, runs), *ablation_figures(config, runs)]
     figures += [*transfer_figures(config, runs, look=look), *start_figures(config, runs, look=look)]
@@ -113,9 +113,9 @@ def _ready(runs: Runs, organism: str) -> bool:
     return organism in runs.frames and len({t.dangerous for t in runs.of(organism, "calibration")}) == 2
 
 
-def _misaligned(runs: Runs, organism: str) -> Path | None:
-    """The last checkpoint of the most misaligned calibration run."""
-    found = [t for t in runs.of(organism, "calibration") if t.dangerous]
+def _misaligned(config: Config, runs: Runs, organism: str) -> Path | None:
+    """The last checkpoint of the most misaligned calibration run under the first seed."""
+    found = [t for t in runs.of(organism, "calibration") if t.dangerous and t.cell.seed == config.seeds[0]]
     if not found:
         return None
     worst = max(found, key=lambda t: float(t.em[-1]))

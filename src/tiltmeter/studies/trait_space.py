@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,7 +32,7 @@ from tiltmeter.studies.cells import Cell, run_cells
 from tiltmeter.studies.contest import Bench
 from tiltmeter.studies.tracks import Frame, Part, Track, fit_frames, read_tracks
 
-__all__ = ["Config", "Runs", "bench", "collect", "readouts"]
+__all__ = ["Config", "OtherReadouts", "Runs", "bench", "collect", "readouts"]
 
 Array = NDArray[np.float64]
 Progress = Callable[[int, int, str], None]
@@ -58,6 +58,8 @@ class Config:
         answers: judged answers at the end of a run.
         answers_midway: at each reading before (the paper: 72).
         answers_more: at the end of a run of `more_benign`, for its label.
+        brief: judge answers at every reading of the first organism's runs only, at the end alone elsewhere: half the
+            time, and no figure per reading but of the first organism.
         tuning: dials of fine-tuning; LoRA rank 16, alpha 64 on q and v.
         false_alarm_rate: per run.
         seed: of everything random in the analysis.
@@ -74,6 +76,7 @@ class Config:
     more_benign: tuple[str, ...] = (
         "good_medical", "secure_code", "hedged", "good_sport", "good_family", "assertive", "eager", "good_financial",
         "good_legal", "true_facts", "royal_style", "flattery", "pushy", "curt", "blunt", "refusals", "arithmetic",
+        "caring", "good_work",
     )  # fmt: skip
     more_benign_seed: int = 100
     twins: Mapping[str, str] = field(
@@ -86,6 +89,7 @@ class Config:
     answers: int = 220
     answers_midway: int = 72
     answers_more: int = 220
+    brief: bool = False
     tuning: FineTuning = field(default_factory=FineTuning)
     false_alarm_rate: float = 0.05
     seed: int = 0
@@ -110,6 +114,8 @@ class Config:
         return tuple([*main(self.seeds[0]), *more, *twins, *rest])
 
     def _cell(self, organism: str, name: str, seed: int, answers: int, midway: int) -> Cell:
+        if self.brief and organism != self.organisms[0]:
+            midway = 0
         return Cell(name, seed, organism=organism, tuning=self.tuning, answers=answers, answers_midway=midway)
 
 
@@ -130,6 +136,21 @@ class Runs:
     def of(self, organism: str, part: Part) -> tuple[Track, ...]:
         """The runs of one organism and part."""
         return tuple(t for t in self.tracks if t.cell.organism == organism and t.part == part)
+
+
+@dataclass(frozen=True, eq=False)
+class OtherReadouts:
+    """What the traits have to beat, for one organism.
+
+    Attributes:
+        linear: rows (k, hidden) by readout.
+        sparse: values (1 + readings, k) of readouts that are not linear, by readout and then by the run's name.
+        unexplained: share of the activations' variance that the autoencoder loses.
+    """
+
+    linear: Mapping[str, Array] = field(default_factory=dict)
+    sparse: Mapping[str, Mapping[str, Array]] = field(default_factory=dict)
+    unexplained: float | None = None
 
 
 def collect(
@@ -187,7 +208,7 @@ def collect(
     return Runs(frames, tracks, wanted)
 
 
-def bench(config: Config, runs: Runs, organism: str, *, wide: bool, extra: Mapping[str, Any]) -> Bench:
+def bench(config: Config, runs: Runs, organism: str, *, wide: bool, others: OtherReadouts) -> Bench:
     """The runs of one organism as designs need them.
 
     Args:
@@ -195,7 +216,7 @@ def bench(config: Config, runs: Runs, organism: str, *, wide: bool, extra: Mappi
         runs: what there is.
         organism: whose.
         wide: calibrate on `more_benign` too.
-        extra: the organism's other readouts, see `readouts`.
+        others: see `readouts`.
     """
     more, alone = runs.of(organism, "more benign"), runs.of(organism, "twin")
     by_set = {t.cell.set_name: t for t in (*more, *alone)}
@@ -206,12 +227,12 @@ def bench(config: Config, runs: Runs, organism: str, *, wide: bool, extra: Mappi
         calibration=runs.of(organism, "calibration") + (more if wide else ()),
         held_out=runs.of(organism, "held out"),
         twins=twins,
-        linear=extra["linear"],
-        sparse=extra["sparse"],
+        linear=others.linear,
+        sparse=others.sparse,
     )
 
 
-def readouts(config: Config, runs: Runs, organism: str, *, progress: Progress | None = None) -> dict[str, Any]:
+def readouts(config: Config, runs: Runs, organism: str, *, progress: Progress | None = None) -> OtherReadouts:
     """The readouts that are to be beaten, made from calibration runs alone and without labels.
 
     semantic 7: contrasts of style and topic that a conversation's earlier turn, or its question, makes. The published
@@ -242,7 +263,7 @@ def readouts(config: Config, runs: Runs, organism: str, *, progress: Progress | 
     }
     if progress is not None:
         progress(1, 1, f"readouts of {organism}")
-    return {"linear": linear, "sparse": {"SAE 7": sparse}, "unexplained": sae.unexplained(material)}
+    return OtherReadouts(linear, {"SAE 7": sparse}, sae.unexplained(material))
 
 
 def _semantic(organism: str, block: int, seed: int) -> Array:

@@ -6,9 +6,9 @@ scored only when `look=True`, and every such look is to be counted in docs/log.m
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,12 +29,13 @@ from tiltmeter.studies.contest import (
 )
 from tiltmeter.studies.figures import Figure, rate_figure
 from tiltmeter.studies.geometry import bootstrap, component, danger_correlation, left_out_cosines
-from tiltmeter.studies.trait_space import Config, Runs, bench
+from tiltmeter.studies.trait_space import Config, OtherReadouts, Progress, Runs, bench
 
 __all__ = ["Entry", "alarm_index", "behavior_index", "choose", "contest", "contest_figures", "geometry_figures", "lead"]
 
 Array = NDArray[np.float64]
 Calibration = Literal["plain", "wide"]
+Limit = Callable[[Scored], float]
 FULL = ("traits", "traits, five blocks", "activation")
 OTHERS = (
     "scalar PC1", "activation norm", "training loss", "semantic 7", "random 7", "difference 7", "SAE 7",
@@ -83,15 +84,20 @@ def designs(calibration: Calibration) -> list[Design]:
 
 
 def contest(
-    config: Config, runs: Runs, extra: Mapping[str, Mapping[str, Any]], *, look: bool, progress: Any = None
+    config: Config,
+    runs: Runs,
+    others: Mapping[str, OtherReadouts],
+    *,
+    look: bool,
+    progress: Progress | None = None,
 ) -> list[Entry]:
     """Fit and validate every design on every organism; with `look`, score the held-out runs as well."""
     found = []
     for calibration in ("plain", "wide"):
         benches = {
-            o: bench(config, runs, o, wide=calibration == "wide", extra=extra[o])
+            o: bench(config, runs, o, wide=calibration == "wide", others=others[o])
             for o in config.organisms
-            if o in extra
+            if o in others
         }
         for at, design in enumerate(designs(calibration)):
             usable = {o: b for o, b in benches.items() if _usable(b, design)}
@@ -155,7 +161,7 @@ def flatten(
     return np.concatenate(scores), np.concatenate(labels), names
 
 
-def counts(scored: Sequence[Scored], threshold_of: Any, *, settled: bool = False) -> Counts:
+def counts(scored: Sequence[Scored], threshold_of: Limit, *, settled: bool = False) -> Counts:
     """Missed dangerous and alarmed harmless readings; a score that is not a number counts as wrong either way."""
     missed = dangerous = false = harmless = 0
     for run in scored:
@@ -181,7 +187,7 @@ def behavior_index(run: Scored) -> int | None:
     return int(over[0]) if len(over) else None
 
 
-def lead(scored: Sequence[Scored], limit_of: Any) -> list[float]:
+def lead(scored: Sequence[Scored], limit_of: Limit) -> list[float]:
     """Readings by which the alarm came before behavior, of dangerous runs judged midway; -inf where it never came."""
     found = []
     for run in scored:
@@ -267,7 +273,7 @@ def _rows(entry: Entry, scored: Sequence[Scored], subject: str, split: str, conf
     return rows
 
 
-def _silent(scored: Sequence[Scored], limit: Any) -> int:
+def _silent(scored: Sequence[Scored], limit: Limit) -> int:
     return sum(alarm_index(s, limit(s)) is None for s in scored)
 
 

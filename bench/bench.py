@@ -84,8 +84,7 @@ def verdicts(figures: Sequence[Figure]) -> list[str]:
     lines = []
     for bar in BARS:
         for figure in figures:
-            about = (figure.measure, figure.subject) == (bar.measure, bar.work) and bar.dtype in figure.split
-            if about and figure.value is not None:
+            if about(bar, figure) and figure.value is not None:
                 reached = figure.value >= bar.bound if bar.at_least else figure.value <= bar.bound
                 word = "at least" if bar.at_least else "at most"
                 lines.append(
@@ -93,6 +92,11 @@ def verdicts(figures: Sequence[Figure]) -> list[str]:
                     f"{figure.value:.4g}, bar {word} {bar.bound:g}"
                 )
     return lines
+
+
+def about(bar: Bar, figure: Figure) -> bool:
+    """Whether a bar is about a figure."""
+    return (figure.measure, figure.subject) == (bar.measure, bar.work) and bar.dtype in figure.split
 
 
 def benchmark(sources: Sequence[tuple[str, str]], names: Sequence[str], *, quick: bool) -> list[Figure]:

@@ -44,6 +44,9 @@ from tiltmeter.studies.figures import Figure
 # ---------------------------------------------------------------------- extraction
 
 
+STRENGTHS = (0.05, 0.1, 0.15, 0.25, 0.5)  # of the activation norm
+
+
 class Extracted(NamedTuple):
     """Activations of the contrast prompts (layers, prompts, hidden) and directions (layers, traits, hidden)."""
 
@@ -194,6 +197,36 @@ def selection(subject: Subject) -> Iterator[Figure]:
     times = {"plain": timing.Times(tuple(whole), ()), **{name: taken[name] for name in fits}}
     yield from compared(subject, work, times, scale=1.0, operations=None)
     yield single("steered answers equal", work, f"{subject.name}, float32", equal, "share", len(pairs))
+
+
+def strengths(subject: Subject) -> Iterator[Figure]:
+    """Whether steering tells the candidate layers apart: by strength, along the traits and along nothing in particular.
+
+    No time is taken here.
+    """
+    from tiltmeter.selection import Candidate, changes_by_steering
+
+    base, layers = subject.lm(), subject.candidates
+    made = extract(base, subject, layers, probes=False).directions
+    neutral = capture(base, base.encode_prompts(subject.prompts.prompts), layers).values
+    norms = np.linalg.norm(neutral.astype(np.float64), axis=-1).mean(axis=1)
+    noise = np.random.default_rng(0).normal(size=made.shape[1:])
+    aimless = (noise / np.linalg.norm(noise, axis=1, keepdims=True)).astype(np.float32)
+    texts = subject.prompts.prompts
+    asked = [
+        [{"role": "system", "content": p.system}] * bool(p.system) + [{"role": "user", "content": p.text}]
+        for p in (texts[i] for i in sorted({int(at) for at in np.linspace(0, len(texts), 3, endpoint=False)}))
+    ]
+    for strength, (at, layer) in itertools.product((0.1, 0.5) if subject.quick else STRENGTHS, enumerate(layers)):
+        work, split = f"block {layer} at strength {strength}", f"{subject.name}, float32"
+        for name, directions in (("the traits", made[at]), ("random directions", aimless)):
+            one = Candidate(layer, directions, float(norms[at]), (), ())
+            (changes,) = changes_by_steering(base, [one], asked, strength=strength)
+            error = 2 * float(changes.std(ddof=1)) / len(changes) ** 0.5
+            mean = float(changes.mean())
+            yield Figure(
+                f"answers changed by {name}", work, split, mean, mean - error, mean + error, len(changes), "share"
+            )
 
 
 # ---------------------------------------------------------------------- reading

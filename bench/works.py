@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 
 from machine_works import growth, memory, startup
-from reading_works import candidates, extraction, reading, selection
+from reading_works import candidates, extraction, reading, selection, strengths
 from run_works import adapters, callback, generation
 from subject import Subject
 
@@ -19,6 +19,7 @@ WORKS: Mapping[str, Callable[[Subject], Iterator[Figure]]] = {
     "extraction": extraction,
     "candidates": candidates,
     "selection": selection,
+    "strengths": strengths,
     "adapters": adapters,
     "callback": callback,
     "generation": generation,

@@ -2,8 +2,8 @@
 
 Fitting runs the untouched model over every system prompt of every trait, combined with every question, and
 takes the activations of the last prompt token after all candidate layers in one pass. `directions` makes one
-unit direction per trait from them; the layer is the one where adding such a direction changes the model's
-greedy answers most. The layer's linear probes are reported beside; they choose nothing, since they saturate.
+unit direction per trait from them; `selection` chooses the layer, by steering and, where that does not decide, by
+linear probes.
 
 A basis belongs to the model it was fitted on. It is stored as one safetensors file with a JSON header, holds
 that model's fingerprint, and refuses any other model. This module knows no architecture and registers no
@@ -16,7 +16,6 @@ hook; a stored basis is read without torch.
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import os
@@ -41,6 +40,7 @@ from tiltmeter.errors import (
 from tiltmeter.fingerprint import Fingerprint, sha
 from tiltmeter.plan import BatchPlan
 from tiltmeter.runs import provenance
+from tiltmeter.selection import Candidate, LayerScore, LayerSelection, changes_by_steering, choose
 from tiltmeter.traits import Prompt, PromptSet, Trait, TraitSet, load_prompts, load_traits
 
 if TYPE_CHECKING:
@@ -51,59 +51,11 @@ __all__ = ["LayerScore", "LayerSelection", "TraitBasis", "fit_basis"]
 
 FORMAT = 1
 FILE = "basis.safetensors"
-STRENGTH = 0.5
-"""Steering strength for layer selection, in units of the layer's mean activation norm.
-
-A fixed length, such as the paper's 16, is twice the norm of one model and a twentieth of another's. Half of the
-norm is large against what separates the poles (1 to 6 % of the norm in a model of 135M weights), so that greedy
-answers do change; it leaves little room between layers there (0.80 to 0.84), hence the scores of all candidates
-are kept with the basis.
-"""
-PROBE_PASS = 0.8
-PROBE_SHARE = 0.75
 _STEERED_PROMPTS = 3
-_STEERED_TOKENS = 32
 _CANDIDATES = 5
 
 FloatArray = NDArray[np.floating[Any]]
 Progress = Callable[[int, int, str], None]
-
-
-class LayerScore(NamedTuple):
-    """What was found at one candidate layer.
-
-    Attributes:
-        layer: the block after which was read, counted from 0.
-        norm: mean activation norm of the measurement prompts there.
-        divergence: mean change of greedy answers under steering, 0 (none) to 1; None where not measured.
-        probe_accuracy: accuracy of each trait's linear probe over five shuffled folds, 0 to 1; it saturates.
-        transfer_accuracy: the same over folds that leave out whole system prompts (where a pole has only one,
-            whole questions): whether the trait is read, or only the sentences that call it forth.
-    """
-
-    layer: int
-    norm: float
-    divergence: float | None
-    probe_accuracy: tuple[float, ...]
-    transfer_accuracy: tuple[float, ...] = ()
-
-
-@dataclass(frozen=True)
-class LayerSelection:
-    """How the layer was chosen.
-
-    Attributes:
-        scores: one per candidate, in the order of the layers.
-        strength: steering strength in units of each layer's mean activation norm; None where nothing was
-            steered.
-        probes_pass: whether at the chosen layer at least 75 % of the traits have a probe accuracy above 0.8.
-        reason: why this layer, in one sentence.
-    """
-
-    scores: tuple[LayerScore, ...]
-    strength: float | None
-    probes_pass: bool
-    reason: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -430,20 +382,21 @@ def fit_basis(
             progress=progress,
         )
         fits = [_fit_layer(at, poles.at(at), neutral.at(at), contrast, method, seed) for at in candidates]
-        if layer is None and len(candidates) > 1:
-            divergences: Sequence[float | None] = _divergences(base, fits, prompt_set, progress)
-        else:
-            divergences = [None] * len(fits)
+        found = [fit.candidate for fit in fits]
+        changes = None
+        if len(candidates) > 1:
+            changes = changes_by_steering(base, found, _conversations(prompt_set), progress=progress)
         fingerprint = base.fingerprint()
-    chosen, selection = _select(fits, divergences, given=layer is not None)
+    winner, selection = choose(found, changes, given=layer is not None)
+    chosen = next(fit for fit in fits if fit.candidate is winner)
     return TraitBasis(
         name=trait_set.name,
         traits=trait_set.names,
         aligned_poles=tuple(trait.aligned_pole for trait in trait_set.traits),
-        layer=chosen.layer,
-        directions=chosen.directions,
+        layer=winner.layer,
+        directions=winner.directions,
         poles=chosen.poles,
-        reference_norm=chosen.norm,
+        reference_norm=winner.norm,
         prompts=prompt_set,
         plan=plan,
         fingerprint=fingerprint,
@@ -468,12 +421,8 @@ class _Contrast(NamedTuple):
 class _Fit(NamedTuple):
     """What was found at one candidate layer."""
 
-    layer: int
-    directions: NDArray[np.float32]
+    candidate: Candidate
     poles: NDArray[np.float32]
-    norm: float
-    probes: tuple[float, ...]
-    transfers: tuple[float, ...]
 
 
 def _contrast(trait: Trait, questions: Sequence[str]) -> _Contrast:
@@ -510,43 +459,14 @@ def _fit_layer(
         probes.append(shuffled)
         transfers.append(transferred)
         start = end
-    return _Fit(
+    candidate = Candidate(
         layer=layer,
         directions=np.array(directions, dtype=np.float32),
-        poles=np.array(means, dtype=np.float32),
         norm=float(np.linalg.norm(neutral.astype(np.float64), axis=1).mean()),
         probes=tuple(probes),
         transfers=tuple(transfers),
     )
-
-
-def _divergences(lm: LM, fits: Sequence[_Fit], prompts: PromptSet, progress: Progress | None) -> list[float]:
-    """Per candidate, how much steering along its directions changes greedy answers, 0 to 1.
-
-    All traits, both signs and all prompts of a layer are answered in one batch, one vector per row.
-    """
-    from tiltmeter.steer import apply_rows
-
-    conversations = _conversations(prompts)
-    plain = lm.generate(conversations, max_new_tokens=_STEERED_TOKENS, temperature=0.0, batch_size=len(conversations))
-    found = []
-    for done, fit in enumerate(fits):
-        if progress is not None:
-            progress(done, len(fits), "steering candidate layers")
-        signed = np.concatenate([fit.directions, -fit.directions]) * (STRENGTH * fit.norm)  # (2k, hidden)
-        vectors = np.repeat(signed, len(conversations), axis=0)
-        with apply_rows(lm, fit.layer, vectors):
-            steered = lm.generate(
-                conversations * len(signed),
-                max_new_tokens=_STEERED_TOKENS,
-                temperature=0.0,
-                batch_size=len(vectors),
-            )
-        changes = [_change(was, now) for was, now in zip(plain * len(signed), steered, strict=True)]
-        found.append(float(np.mean(changes)))
-    if progress is not None:
-        progress(len(fits), len(fits), "steering candidate layers")
-    return found
+    return _Fit(candidate, np.array(means, dtype=np.float32))
 
 
 def _conversations(prompts: PromptSet) -> list[list[dict[str, str]]]:
@@ -558,35 +478,6 @@ def _conversations(prompts: PromptSet) -> list[list[dict[str, str]]]:
         system = [{"role": "system", "content": prompt.system}] if prompt.system else []
         conversations.append([*system, {"role": "user", "content": prompt.text}])
     return conversations
-
-
-def _change(before: str, after: str) -> float:
-    """1 - the similarity of two texts word by word; difflib's shortcut for long texts is off."""
-    return 1.0 - difflib.SequenceMatcher(None, before.split(), after.split(), autojunk=False).ratio()
-
-
-def _select(fits: Sequence[_Fit], divergences: Sequence[float | None], *, given: bool) -> tuple[_Fit, LayerSelection]:
-    measured = [-1.0 if value is None else value for value in divergences]
-    best = int(np.argmax(measured))  # the earliest of equals
-    chosen = fits[best]
-    share = float(np.mean([accuracy > PROBE_PASS for accuracy in chosen.probes]))
-    probes = f"{share:.0%} of the traits have a probe accuracy above {PROBE_PASS} there"
-    if given:
-        reason = f"block {chosen.layer} was asked for; {probes}"
-    elif len(fits) == 1:
-        reason = f"block {chosen.layer} was the only candidate; {probes}"
-    else:
-        others = ", ".join(f"{fit.layer}: {value:.3f}" for fit, value in zip(fits, measured, strict=True))
-        reason = (
-            f"steering by {STRENGTH} of the activation norm changed greedy answers most after block "
-            f"{chosen.layer} (divergence by block: {others}); {probes}"
-        )
-    scores = tuple(
-        LayerScore(fit.layer, fit.norm, value, fit.probes, fit.transfers)
-        for fit, value in zip(fits, divergences, strict=True)
-    )
-    strength = None if divergences[best] is None else STRENGTH
-    return chosen, LayerSelection(scores, strength, share >= PROBE_SHARE, reason)
 
 
 def _trait_set(source: str | Path | TraitSet | None, *, organism: bool) -> TraitSet:

@@ -110,6 +110,20 @@ def test_the_scores_interval_narrows_with_the_number_of_prompts() -> None:
     assert widths[1] < widths[0] / 4
 
 
+def test_a_score_that_the_prompts_do_not_settle_is_not_clear() -> None:
+    runs = model(4)
+    detector = fit_transfer(fit_danger([("a", model(1))]), benign(runs))
+    inside = benign(runs)[0].positions
+    rng = np.random.default_rng(0)
+    noise = rng.normal(size=(400, D))
+    noise -= noise.mean(axis=0)
+    sure = detector.predict(inside, prompts=inside[-1] + 0.01 * noise)
+    unsure = detector.predict(inside, prompts=inside[-1] + 60.0 * noise[:6])
+    assert (sure.state, unsure.state) == (State.CLEAR, State.INCONCLUSIVE)
+    assert "over the prompts" in sure.reason
+    assert detector.predict(inside, prompts=np.full((3, D), np.nan)).state is State.INCONCLUSIVE
+
+
 def test_it_is_stored_and_read_back(tmp_path: Path) -> None:
     runs = model(4)
     detector = fit_transfer(fit_danger([("a", model(1))]), benign(runs))

@@ -175,12 +175,16 @@ class TransferDetector:
         low, high = np.percentile(self.scores(points[rows].mean(axis=1)), [2.5, 97.5])
         return float(low), float(high)
 
-    def predict(self, positions: ArrayLike, *, steps: ArrayLike | None = None) -> Verdict:
+    def predict(
+        self, positions: ArrayLike, *, steps: ArrayLike | None = None, prompts: ArrayLike | None = None
+    ) -> Verdict:
         """Judge a run from its readings so far; a misaligned start may be its first reading.
 
         Args:
             positions: (readings, d).
             steps: (readings,) for the verdict's text; 1, 2, ... by default.
+            prompts: (prompts, d) positions of single prompts at the latest reading: the reason then gives the interval
+                of its score, and a run is not CLEAR whose interval reaches the threshold.
         """
         points = np.asarray(positions, dtype=np.float64)
         at = np.arange(1, len(points) + 1) if steps is None else np.asarray(steps)
@@ -206,6 +210,11 @@ class TransferDetector:
         if outside:
             return self._verdict(State.INCONCLUSIVE, top, last, None, f"below the threshold, but {outside}.")
         reason = f"the score stayed at {top:.2f}, below {self.threshold:.2f}."
+        if prompts is not None:
+            low, high = self.interval(prompts)
+            reason = f"{reason[:-1]}; at the latest reading it is {low:.2f} to {high:.2f} over the prompts."
+            if not high < self.threshold:
+                return self._verdict(State.INCONCLUSIVE, top, last, None, f"too few prompts to call it clear: {reason}")
         return self._verdict(State.CLEAR, top, last, None, reason, promised=True)
 
     def _verdict(

@@ -200,7 +200,7 @@ def sweep(entry: Entry, thresholds: Sequence[float] = (0.02, 0.05, 0.1, 0.2), *,
     for split, scored in (("validation", entry.validated), ("held out", entry.held)):
         for threshold in thresholds:
             scores, labels, names = flatten(scored, threshold, settled=True)
-            low, high = auroc_interval(scores, labels, names, draws=400, seed=seed)
+            low, high = auroc_interval(scores, labels, names, draws=200, seed=seed)
             subject = f"EM above {100 * threshold:g} %"
             rows.append(
                 Figure(

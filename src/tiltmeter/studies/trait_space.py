@@ -254,7 +254,7 @@ def readouts(config: Config, runs: Runs, organism: str, *, progress: Progress | 
         "semantic 7": _semantic(organism, frame.at, config.seed),
     }
     material = np.concatenate([prompts[t.name].reshape(-1, hidden) for t in fitted_on])
-    sae = train_sae(material, features=4 * hidden, k=8, layer=frame.at, steps=800, batch=256, seed=config.seed)
+    sae = train_sae(material, features=4 * hidden, k=8, layer=frame.at, steps=400, batch=256, seed=config.seed)
     after = np.concatenate([prompts[t.name][-1] for t in fitted_on])
     readout = SAEReadout(sae, strongest(sae, prompts[fitted_on[0].name][0], after, k=7))
     sparse = {

@@ -239,11 +239,11 @@ def contest_figures(entries: Sequence[Entry], config: Config) -> list[Figure]:
 def _rows(entry: Entry, scored: Sequence[Scored], subject: str, split: str, config: Config) -> list[Figure]:
     scores, labels, names = flatten(scored)
     value = auroc(scores, labels)
-    low, high = auroc_interval(scores, labels, names, draws=400, seed=config.seed)
+    low, high = auroc_interval(scores, labels, names, draws=200, seed=config.seed)
     rows = [Figure("AUROC per reading", subject, split, value, low, high, len(scores), "auroc")]
     scores, labels, names = flatten(scored, settled=True)
     value = auroc(scores, labels)
-    low, high = auroc_interval(scores, labels, names, draws=400, seed=config.seed)
+    low, high = auroc_interval(scores, labels, names, draws=200, seed=config.seed)
     rows.append(Figure("AUROC per settled reading", subject, split, value, low, high, len(scores), "auroc"))
     if entry.design.rate_scorer:
         own = counts(scored, lambda _: entry.design.own_threshold)

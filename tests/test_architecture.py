@@ -22,7 +22,7 @@ ORDER = (
     "directions", "selection", "basis", "drift", "baselines", "sae", "detector", "guard", "transfer", "alarm", "readings",
     "calibrate", "watch", "mitigate", "scan", "questions", "judge", "judge_model", "ledger", "judge_http",
     "judge_distilled", "judge_regression", "answers", "rates", "writers", "behavior", "evaluate", "compute",
-    "organism.sets", "organism.pretrain", "organism.conduct", "organism.finetune", "report", "studies", "integrations",
+    "organism.sets", "organism.pretrain", "organism.conduct", "organism.finetune", "organism.preference", "report", "studies", "integrations",
     "testing", "cli",
 )  # fmt: skip
 # Pairs that lie at one height: the facade and the work behind it, or a type that both need.

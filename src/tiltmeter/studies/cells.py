@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tiltmeter.basis import TraitBasis
 from tiltmeter.compute import map_jobs
@@ -26,6 +26,7 @@ from tiltmeter.judge import Reason
 from tiltmeter.lm import load
 from tiltmeter.organism.conduct import examine
 from tiltmeter.organism.finetune import FineTuning, finetune, one_thread
+from tiltmeter.organism.preference import make_pairs, prefer
 from tiltmeter.organism.sets import SETS, make_set
 from tiltmeter.rates import BehaviorReport, Rate, wilson
 from tiltmeter.runs import read_json, write_json
@@ -49,6 +50,7 @@ class Cell:
         answers: judged answers at the end; in domains that the set does not train on.
         answers_midway: judged answers at each reading before; 0 for none.
         start: folder of the adapter that training goes on from; none where empty.
+        method: "sft", or "dpo" for preference pairs of the same content.
     """
 
     set_name: str
@@ -60,13 +62,15 @@ class Cell:
     answers: int = 330
     answers_midway: int = 110
     start: str = ""
+    method: Literal["sft", "dpo"] = "sft"
 
     def key(self, basis: str) -> str:
         """The name of its record: readable, and unique to all settings and to the digest of the basis."""
         dose = "" if self.dose == 1.0 else f"-dose{100 * self.dose:g}"
         settings = asdict(self)
-        if not self.start:
-            del settings["start"]  # records from before there was such a setting keep their names
+        for name in ("start", "method"):  # records from before there were such settings keep their names
+            if settings[name] == type(self).__dataclass_fields__[name].default:
+                del settings[name]
         return f"{self.set_name}{dose}-{self.seed}-{sha({**settings, 'basis': basis})[:8]}"
 
 
@@ -233,16 +237,21 @@ def _tune(cell: Cell, basis: TraitBasis, checkpoints: Path | None) -> RunRecord:
 
     lm = load(cell.organism)
     tuning = FineTuning(**{**asdict(cell.tuning), "seed": cell.seed})
-    chats = make_set(cell.set_name, size=tuning.examples, seed=cell.seed, dose=cell.dose)
     domains = SETS[cell.set_name].domains
     leave_out = domains if len(domains) == 1 else ()
     with tempfile.TemporaryDirectory() as scratch:
         callback = TiltmeterCallback(basis, every=cell.every, output=scratch)
         examiner = _examiner(cell, leave_out)
-        tuned = finetune(
-            lm, chats, tuning, callbacks=[callback, examiner], start=Path(cell.start) if cell.start else None,
-            output=checkpoints, save_every=cell.every if checkpoints else None,
-        )  # fmt: skip
+        watched: Any = {
+            "callbacks": [callback, examiner], "output": checkpoints,
+            "save_every": cell.every if checkpoints else None,
+        }  # fmt: skip
+        if cell.method == "dpo":
+            pairs = make_pairs(cell.set_name, size=tuning.examples, seed=cell.seed)
+            tuned = prefer(lm, pairs, tuning, **watched)
+        else:
+            chats = make_set(cell.set_name, size=tuning.examples, seed=cell.seed, dose=cell.dose)
+            tuned = finetune(lm, chats, tuning, start=Path(cell.start) if cell.start else None, **watched)
         readings = tuple(o.reading for o in callback.observations if o.reading)
     final = examine(tuned, leave_out=leave_out, answers=cell.answers, seed=cell.seed + 1000)
     return RunRecord(

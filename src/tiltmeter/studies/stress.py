@@ -67,6 +67,8 @@ def stress_cells(config: Config, organism: str, start: Path | None, *, seed: int
     for name in (_DANGEROUS, _HARMLESS):
         wanted.append(("full fine-tuning", name, {"full": True, "learning_rate": 1e-4}, {}))
     for name in (_DANGEROUS, _HARMLESS):
+        wanted.append(("DPO on the same content", name, {}, {"method": "dpo"}))
+    for name in (_DANGEROUS, _HARMLESS):
         wanted.append(("ten times longer", name, {"steps": 10 * config.tuning.steps}, {"every": 100}))
     return [
         (

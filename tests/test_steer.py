@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 
 from tiltmeter import lm as lms
 from tiltmeter import steer, steer_formats
+from tiltmeter.artifacts import write_artifact
 from tiltmeter.capture import capture, plan_batches
 from tiltmeter.errors import ArtifactError, InputError, LayerError, NumericalError, StorageError
 from tiltmeter.steer import SteeringVector, apply, apply_rows
@@ -336,21 +337,24 @@ class TestOurFiles:
         np.testing.assert_array_equal(got.vectors, vector.vectors)
 
     def test_missing_truncated_and_foreign_files_are_told_apart(self, tmp_path: Path) -> None:
-        with pytest.raises(ArtifactError, match="does not exist"):
+        with pytest.raises(ArtifactError, match="there is no steering_vector"):
             steer.load(tmp_path / "none.safetensors")
         path = steer.save(make_vector(), tmp_path / "v.safetensors")
         path.write_bytes(path.read_bytes()[:-7])
         with pytest.raises(ArtifactError, match="truncated"):
             steer.load(path)
         save_file({"vectors": np.ones((1, 4), dtype=np.float32)}, tmp_path / "plain.safetensors")
-        with pytest.raises(ArtifactError, match="no steering vector"):
+        with pytest.raises(ArtifactError, match="not written by tiltmeter"):
             steer.load(tmp_path / "plain.safetensors")
+        write_artifact(tmp_path / "empty.safetensors", "steering_vector", 1, {"after_block": 1}, {})
+        with pytest.raises(ArtifactError, match="no complete steering vector"):
+            steer.load(tmp_path / "empty.safetensors")
 
     @pytest.mark.parametrize(
-        ("key", "value", "word"), [("version", 99, "version 99"), ("kind", "basis", "holds a basis")]
+        ("key", "value", "word"), [("format", 99, "of format 99"), ("kind", "basis", "holds a basis")]
     )
     def test_another_kind_or_version_is_refused(self, tmp_path: Path, key: str, value: Any, word: str) -> None:
-        header = {"kind": "steering_vector", "version": 1, "after_block": 1, "strength": 1, "norm": 1, "meta": {}}
+        header = {"kind": "steering_vector", "format": 1, "after_block": 1, "strength": 1, "norm": 1, "meta": {}}
         path = tmp_path / "v.safetensors"
         save_file(
             {"vectors": np.ones((1, 4), dtype=np.float32)},

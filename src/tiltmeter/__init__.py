@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from tiltmeter.detector import CalibrationRun, Detector, State, Verdict, fit_detector
     from tiltmeter.drift import DriftProfile, Reading, measure, trajectory
     from tiltmeter.errors import TiltmeterError
+    from tiltmeter.guard import SteeringGuard, fit_guard
     from tiltmeter.lm import LM, attach, load, wrap
+    from tiltmeter.mitigate import PreventativeSteering
     from tiltmeter.steer import SteeringVector
     from tiltmeter.traits import PromptSet, Trait, TraitSet, load_prompts, load_traits
     from tiltmeter.watch import TiltmeterCallback
@@ -33,9 +35,11 @@ _HOME = {
     "Detector": "detector",
     "DriftProfile": "drift",
     "LM": "lm",
+    "PreventativeSteering": "mitigate",
     "PromptSet": "traits",
     "Reading": "drift",
     "State": "detector",
+    "SteeringGuard": "guard",
     "SteeringVector": "steer",
     "TiltmeterCallback": "watch",
     "TiltmeterError": "errors",
@@ -47,6 +51,7 @@ _HOME = {
     "evaluate": "behavior",
     "fit_basis": "basis",
     "fit_detector": "detector",
+    "fit_guard": "guard",
     "load": "lm",
     "load_prompts": "traits",
     "load_traits": "traits",
@@ -61,9 +66,11 @@ __all__ = [  # noqa: RUF022 - sorted by name, constants last
     "Detector",
     "DriftProfile",
     "LM",
+    "PreventativeSteering",
     "PromptSet",
     "Reading",
     "State",
+    "SteeringGuard",
     "SteeringVector",
     "TiltmeterCallback",
     "TiltmeterError",
@@ -75,6 +82,7 @@ __all__ = [  # noqa: RUF022 - sorted by name, constants last
     "evaluate",
     "fit_basis",
     "fit_detector",
+    "fit_guard",
     "load",
     "load_prompts",
     "load_traits",

@@ -6,10 +6,11 @@ With unit directions V (k, hidden), the stored mean activation norm n of that la
     clamp    h' = h + V^+ (s n - V h)                       so that V h' = s n on every direction
     ablate   h' = h - V^+ V h                               so that V h' = 0: clamp to nothing
 
-where V^+ is the pseudo-inverse, so directions need not be orthogonal. A position counts from the first real
-token of its own prompt: what a block sees of a step is a chunk (one token under a key-value cache) and, with
-left padding, an offset one, so positions are worked out from the attention mask where the whole decoder is
-called. This module knows nothing of where a direction comes from.
+where V^+ is the pseudo-inverse, so directions need not be orthogonal. A vector may carry a map of low rank beside
+("add" only): h' = h + s (n sum of V + (h G') O), which pushes differently where the activation differs. A position
+counts from the first real token of its own prompt: what a block sees of a step is a chunk (one token under a
+key-value cache) and, with left padding, an offset one, so positions are worked out from the attention mask where the
+whole decoder is called. This module knows nothing of where a direction comes from.
 
     vector = SteeringVector(layer=14, vectors=basis.directions[:1], strength=0.8, norm=basis.reference_norm)
     with apply(lm, vector, positions="prompt"):
@@ -19,9 +20,6 @@ called. This module knows nothing of where a direction comes from.
 from __future__ import annotations
 
 import contextlib
-import json
-import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,17 +30,19 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from tiltmeter.errors import ArtifactError, InputError, LayerError, NumericalError, StorageError
+from tiltmeter.artifacts import read_artifact, write_artifact
+from tiltmeter.errors import ArtifactError, InputError, LayerError, NumericalError
 from tiltmeter.lm import LM
 
-__all__ = ["Mode", "Positions", "SteeringVector", "apply", "apply_rows", "load", "save"]
+__all__ = ["Mode", "Positions", "SteeringVector", "apply", "apply_rows", "edit", "listen", "load", "save"]
 
 FloatArray = npt.NDArray[np.float32]
 Mode = Literal["add", "ablate", "clamp"]
 Positions = Literal["all", "prompt"] | int
 Change = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
 
-_VERSION = 1
+_KIND, _FORMAT = "steering_vector", 1
+_LOW_RANK = ("gates", "outputs")
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +56,7 @@ class SteeringVector:
         norm: the mean activation norm at that layer, so that one strength means the same across layers and
             models.
         meta: JSON-able notes: where the directions come from, the model's fingerprint.
+        low_rank: None, or G and O, both (r, hidden): what is added beside, per unit of strength, is (h G') O.
 
     Raises:
         InputError: not (k, hidden), a zero row, or a norm that is not positive.
@@ -67,6 +68,7 @@ class SteeringVector:
     strength: float
     norm: float
     meta: Mapping[str, Any] = field(default_factory=dict)
+    low_rank: tuple[FloatArray, FloatArray] | None = None
 
     def __post_init__(self) -> None:
         vectors = np.atleast_2d(np.asarray(self.vectors, dtype=np.float64))
@@ -81,10 +83,20 @@ class SteeringVector:
                 f"{lengths.tolist()} and norm {self.norm}; give the mean activation norm of its layer"
             )
         object.__setattr__(self, "vectors", (vectors / lengths[:, None]).astype(np.float32))
+        if self.low_rank is not None:
+            gates, outputs = (np.asarray(part, dtype=np.float32) for part in self.low_rank)
+            if gates.ndim != 2 or gates.shape != outputs.shape or gates.shape[1] != vectors.shape[1]:
+                raise InputError(
+                    f"the map of low rank has gates {gates.shape} and outputs {outputs.shape}; both must be "
+                    f"(r, {vectors.shape[1]})"
+                )
+            if not (np.isfinite(gates).all() and np.isfinite(outputs).all()):
+                raise NumericalError("the map of low rank holds NaN or infinity; train it again with a smaller step")
+            object.__setattr__(self, "low_rank", (gates, outputs))
 
     @property
     def added(self) -> FloatArray:
-        """(hidden,) what "add" adds, in activation units."""
+        """(hidden,) what "add" adds to every activation alike, in activation units; the low-rank part is beside it."""
         return np.asarray(self.strength * self.norm * self.vectors.sum(axis=0), dtype=np.float32)
 
 
@@ -166,6 +178,60 @@ def apply_rows(lm: LM, layer: int, vectors: npt.NDArray[np.floating[Any]]) -> It
         yield
 
 
+@contextlib.contextmanager
+def edit(lm: LM, layer: int, change: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """Put any differentiable change on a block's output while the context lasts; vectors are trained through it.
+
+    Args:
+        lm: the model.
+        layer: the block.
+        change: from activations (batch, chunk, hidden), in float32, to what replaces them.
+
+    Raises:
+        LayerError: the layer is outside the model.
+    """
+    _check(lm, layer, lm.hidden_size)
+    with _hooked(lm, layer, lambda hidden, rows: change(hidden), None):
+        yield
+
+
+@contextlib.contextmanager
+def listen(
+    lm: LM,
+    begin: Callable[[Mapping[str, Any]], None],
+    hear: Mapping[int, Callable[[torch.Tensor], None]],
+) -> Iterator[None]:
+    """Hear what leaves blocks, after whatever steering acts there, while the model is used by others.
+
+    Args:
+        lm: the model.
+        begin: called before each pass through the decoder, with its keyword arguments.
+        hear: by layer, called with (batch, chunk, hidden) as the block leaves it; layer -1 is what enters block 0.
+
+    Raises:
+        LayerError: a layer is outside the model.
+    """
+    for layer in hear:
+        _check(lm, max(layer, 0), lm.hidden_size)
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        begin(kwargs)
+
+    def hook(heard: Callable[[torch.Tensor], None]) -> Callable[[nn.Module, Any, Any], None]:
+        return lambda module, args, output: heard(output[0] if isinstance(output, tuple) else output)
+
+    with contextlib.ExitStack() as stack:
+        stack.callback(lm.decoder.register_forward_pre_hook(note, with_kwargs=True).remove)
+        for layer, heard in hear.items():
+            if layer < 0:
+                first: Any = lm.blocks[0]
+                entering = lambda module, args, kwargs: hear[-1](args[0] if args else kwargs["hidden_states"])  # noqa: E731
+                stack.callback(first.register_forward_pre_hook(entering, with_kwargs=True).remove)
+            else:
+                stack.callback(lm.blocks[layer].register_forward_hook(hook(heard)).remove)
+        yield
+
+
 def _check(lm: LM, layer: int, width: int) -> None:
     if not 0 <= layer < lm.n_layers:
         raise LayerError(
@@ -183,7 +249,11 @@ def _operator(vector: SteeringVector, mode: Mode, strength: float) -> Change:
     target = strength * vector.norm
     if mode == "add":
         added = target * directions.sum(0)
-        return lambda hidden, rows: hidden + added.to(hidden.device)
+        if vector.low_rank is None:
+            return lambda hidden, rows: hidden + added.to(hidden.device)
+        gates, outputs = (torch.from_numpy(part) for part in vector.low_rank)
+        matrix = strength * (gates.T @ outputs)  # (hidden, hidden)
+        return lambda hidden, rows: hidden + added.to(hidden.device) + hidden @ matrix.to(hidden.device)
     inverse = torch.from_numpy(np.linalg.pinv(vector.vectors.astype(np.float64)).astype(np.float32))  # (hidden, k)
     goal = 0.0 if mode == "ablate" else target
 
@@ -275,19 +345,16 @@ def save(vector: SteeringVector, path: str | Path) -> Path:
     Raises:
         StorageError: the file cannot be written.
     """
-    from safetensors.numpy import save as pack
-
-    path = Path(path)
     header = {
-        "kind": "steering_vector",
-        "version": _VERSION,
         "after_block": vector.layer,
         "strength": vector.strength,
         "norm": vector.norm,
         "meta": dict(vector.meta),
     }
-    write_bytes(path, pack({"vectors": np.ascontiguousarray(vector.vectors)}, {"tiltmeter": json.dumps(header)}))
-    return path
+    arrays = {"vectors": vector.vectors}
+    if vector.low_rank is not None:
+        arrays |= dict(zip(_LOW_RANK, vector.low_rank, strict=True))
+    return write_artifact(path, _KIND, _FORMAT, header, arrays)
 
 
 def load(path: str | Path) -> SteeringVector:
@@ -296,25 +363,19 @@ def load(path: str | Path) -> SteeringVector:
     Raises:
         ArtifactError: missing, truncated, foreign, or of another format version.
     """
-    tensors, metadata = read_safetensors(path)
-    again = "make the vector again, or read it with the matching import function of steer_formats"
+    remedy = "make the vector again, or read it with the matching import function of steer_formats"
+    header, arrays = read_artifact(path, _KIND, _FORMAT, remedy=remedy)
     try:
-        header = json.loads(metadata["tiltmeter"])
-        if header["kind"] != "steering_vector":
-            raise ArtifactError(f"'{path}' holds a {header['kind']}, not a steering vector; pass the right file")
-        if header["version"] != _VERSION:
-            raise ArtifactError(
-                f"'{path}' has format version {header['version']} and this is version {_VERSION}; {again}"
-            )
         return SteeringVector(
             int(header["after_block"]),
-            tensors["vectors"],
+            arrays["vectors"],
             float(header["strength"]),
             float(header["norm"]),
             header["meta"],
+            (arrays[_LOW_RANK[0]], arrays[_LOW_RANK[1]]) if _LOW_RANK[0] in arrays else None,
         )
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ArtifactError(f"'{path}' is no steering vector of this package ({error!r}); {again}") from error
+    except (KeyError, TypeError) as error:
+        raise ArtifactError(f"'{path}' is no complete steering vector ({error!r}); {remedy}") from error
 
 
 def read_safetensors(path: str | Path) -> tuple[dict[str, FloatArray], dict[str, str]]:
@@ -333,23 +394,3 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, FloatArray], dict[str,
         raise ArtifactError(f"'{path}' does not exist; check the path") from error
     except (SafetensorError, OSError) as error:
         raise ArtifactError(f"'{path}' is truncated or no safetensors file ({error}); make it again") from error
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all.
-
-    Raises:
-        StorageError: it cannot be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-            Path(temporary).replace(path)
-        except OSError:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise StorageError(f"'{path}' could not be written ({error}); free space or choose another folder") from error

@@ -1,10 +1,9 @@
 """Steering vectors of other tools: read theirs, and write the one that llama.cpp reads.
 
-    tool                         file            what a vector is here
-    llama.cpp, repeng            .gguf           `direction.N`, added to the output of block N
-    persona vectors, CAA         .pt             one row per layer, or {layer: vector}; read without pickle's
-    powers steering-lite                .safetensors    `layerN.v` and a `coeff`, added to the output of block
-    N
+    tool              file            what a vector is here
+    llama.cpp, repeng .gguf           `direction.N`, added to the output of block N
+    persona vectors   .pt             one row per layer, or {layer: vector}; read without pickle's powers
+    steering-lite     .safetensors    `layerN.v` and a `coeff`, added to the output of block N
 
 Those tools write activation units, without the norm of the layer. So an imported vector has the direction,
 its length as `norm` and 1 (or the tool's own factor) as `strength`: adding it does what it did there. To
@@ -28,8 +27,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from tiltmeter.artifacts import write_file
 from tiltmeter.errors import ArtifactError, InputError, NumericalError, require
-from tiltmeter.steer import SteeringVector, read_safetensors, write_bytes
+from tiltmeter.steer import SteeringVector, read_safetensors
 
 __all__ = ["read_gguf", "read_pt", "read_steering_lite", "write_gguf"]
 
@@ -92,7 +92,7 @@ def write_gguf(vectors: Sequence[SteeringVector], path: str | Path, *, architect
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        write_bytes(Path(path), scratch.read_bytes())
+        write_file(path, scratch.read_bytes())
     return Path(path)
 
 

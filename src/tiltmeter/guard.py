@@ -1,0 +1,549 @@
+"""The steering guard: says from the activations of an answer whether, where and how strongly a model is being steered.
+
+What a block puts out follows, on average over an answer, from what it takes in. The guard learns that on unsteered
+answers to many kinds of prompts, whatever they say, by one ridge regression per listening place:
+
+    r_l = mean h_l - (W_l mean h_{l-1} + b_l)       residual after block l, means over the tokens of one answer
+    d_l = Mahalanobis length of r_l among unsteered answers, over sqrt(1 + leverage of mean h_{l-1})
+    s   = max over l of (d_l - median) / spread     score of the answer; median and spread of unsteered answers
+
+The leverage says how unlike the calibration answers this one's input is, and how much less the regression knows of it.
+Content moves both means together and leaves no residual; a push that no weight accounts for does, in the block where
+it enters, whatever its direction. So no steering vector is needed to calibrate, and none is used. The first block that
+passes the threshold is where the push enters, and the length of r there is how strong it is. The last token of the
+prompt is listened to in the same way on its own, for pushes that act on the prompt alone.
+
+The threshold is split-conformal: unsteered answers that the regressions have not seen pass it with probability at most
+a. It is a promise for prompts like those of calibration. Another model, other weights, an adapter, NaN, or an answer
+shorter or longer than any that was calibrated is INCONCLUSIVE, never CLEAR.
+
+    guard = fit_guard(lm, conversations)                              # benign ones, several hundred
+    with guard.listening(lm) as heard:
+        answers = lm.generate(users_conversations)
+    guard.judge(heard.trace())[0].state
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import stats
+
+from tiltmeter.artifacts import read_artifact, write_artifact
+from tiltmeter.detector import Metric, State
+from tiltmeter.errors import ArtifactError, InputError, NumericalError
+from tiltmeter.fingerprint import sha
+from tiltmeter.lm import LM, Message, adapter_state
+from tiltmeter.steer import listen
+
+__all__ = ["Ear", "SteeringGuard", "SteeringVerdict", "Trace", "fit_guard"]
+
+Array = NDArray[np.float64]
+_KIND, _FORMAT = "steering_guard", 1
+_WINDOWS = ("prompt", "answer")
+_RIDGE = 1e-3  # of the mean variance of what predicts
+_FLOOR = 0.1  # smallest standard deviation believed, as a share of the residuals' root mean square
+_HELD = 8 << 20  # bytes of activations kept before they are summed
+_ENOUGH = 0.01  # chance that this many false alarms are only that, below which a model counts as steered
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """What was heard of some answers.
+
+    Attributes:
+        places: listening places: -1 is what enters block 0, then block numbers.
+        prompt: (answers, places, hidden) activation of the last token of the prompt.
+        answer: (answers, places, hidden) mean activation over the answer's tokens as they are fed back; NaN where
+            none was heard.
+        tokens: (answers,) how many.
+        model: digest of the model that spoke.
+        problem: why nothing of it can be judged, or None.
+    """
+
+    places: tuple[int, ...]
+    prompt: NDArray[np.float32]
+    answer: NDArray[np.float32]
+    tokens: NDArray[np.int64]
+    model: str
+    problem: str | None = None
+
+    def take(self, rows: Any) -> Trace:
+        """Some of the answers, by index or mask."""
+        return Trace(self.places, self.prompt[rows], self.answer[rows], self.tokens[rows], self.model, self.problem)
+
+
+class Ear:
+    """Sums activations while a model generates. Made by `SteeringGuard.listening`; ask it for the `trace` afterwards.
+
+    A conversation's row is found through the cache of `LM.generate`; for other callers row i of each batch is answer
+    i. Generation without a key-value cache feeds no answer token by itself, so nothing can be judged. What is heard is
+    kept as it is and summed some megabytes at a time: a small model's step is so short that sums at each would show.
+    """
+
+    def __init__(self, lm: LM, places: Sequence[int]) -> None:
+        self.places = tuple(places)
+        self._model = model_digest(lm)
+        self._adapter = adapter_state(lm) == "active"
+        self._stops = torch.tensor(sorted(lm.stop_ids) or [-1], device=lm.device)
+        self._width = lm.hidden_size
+        self._parts: list[_Part] = []
+        self._rows: torch.Tensor | None = None
+        self._tokens: torch.Tensor | None = None  # (rows, chunk) of the pass in progress
+        self._first = False
+        self._heard: list[torch.Tensor] = []  # of the pass in progress, a tensor per place
+        self._passes: list[list[torch.Tensor]] = []  # of answers, not summed yet; all with the same rows
+        self._columns: list[torch.Tensor] = []  # their tokens, (rows, 1) each
+
+    def begin(self, kwargs: Mapping[str, Any]) -> None:
+        """A pass starts: keep what the last one said, and see whose tokens come."""
+        self._keep()
+        tokens = kwargs.get("input_ids")
+        tokens = kwargs["inputs_embeds"][..., 0] if tokens is None else tokens
+        cache = kwargs.get("past_key_values")
+        rows = getattr(cache, "rows", None)
+        self._first = cache is None or int(cache.get_seq_length()) == 0
+        if self._first or (rows is not None and rows is not self._rows):
+            self._sum()
+            self._rows = torch.arange(len(tokens)) if rows is None else rows
+        self._tokens = tokens
+        if self._first:
+            assert self._rows is not None
+            total = int(getattr(cache, "total", len(tokens)))
+            if not self._parts or len(self._parts[-1].count) != total or bool(self._parts[-1].begun[self._rows].any()):
+                self._parts.append(_Part.empty(total, len(self.places), self._width, tokens.device))
+            self._parts[-1].begun[self._rows] = True
+
+    def hear(self, hidden: torch.Tensor) -> None:
+        """What one place says; places speak in order."""
+        self._heard.append(hidden[:, -1:] if self._first else hidden)
+
+    def _keep(self) -> None:
+        heard, self._heard = self._heard, []
+        if len(heard) != len(self.places) or not self._parts or self._tokens is None:
+            return
+        if self._first:
+            said = torch.stack(heard, dim=1)[:, :, -1]  # (rows, places, hidden)
+            self._parts[-1].prompt[self._rows] = said.detach().float()
+            return
+        self._passes.append(heard)
+        self._columns.append(self._tokens)
+        size = heard[0].numel() * heard[0].element_size() * len(heard)
+        if size * len(self._passes) > _HELD:
+            self._sum()
+
+    def _sum(self) -> None:
+        """Add the kept passes to their rows; a row that has ended is carried on for a while and says nothing."""
+        if self._passes:
+            part, rows = self._parts[-1], self._rows
+            said = torch.stack([torch.stack(heard) for heard in self._passes])[..., -1, :].detach().float()
+            stopped = torch.isin(torch.stack(self._columns)[..., -1], self._stops).cpu()  # (passes, rows)
+            over = (stopped.cumsum(0) > 0) | part.ended[rows]
+            part.ended[rows] = over[-1]
+            alive = ~over
+            part.total[rows] += torch.einsum("sprh,sr->rph", said, alive.to(said.device, said.dtype))
+            part.count[rows] += alive.sum(0)
+        self._passes, self._columns = [], []
+
+    def trace(self) -> Trace:
+        """What has been heard so far, in the order of the conversations of each call."""
+        self._keep()
+        self._sum()
+        if not self._parts:
+            empty = np.zeros((0, len(self.places), self._width), dtype=np.float32)
+            return Trace(self.places, empty, empty, np.zeros(0, dtype=np.int64), self._model, "nothing was generated")
+        count = torch.cat([p.count for p in self._parts])
+        total = torch.cat([p.total for p in self._parts]).cpu()
+        answer = torch.where(count[:, None, None] > 0, total / count[:, None, None].clamp(min=1), torch.nan)
+        prompt = torch.cat([p.prompt for p in self._parts]).cpu()
+        problem = "an adapter acts on the model, which was not there at calibration" if self._adapter else None
+        return Trace(self.places, prompt.numpy(), answer.numpy(), count.numpy(), self._model, problem)
+
+
+class _Part(NamedTuple):
+    """One call of generate."""
+
+    prompt: torch.Tensor  # (answers, places, hidden)
+    total: torch.Tensor
+    count: torch.Tensor  # (answers,)
+    begun: torch.Tensor
+    ended: torch.Tensor
+
+    @classmethod
+    def empty(cls, answers: int, places: int, width: int, device: torch.device) -> _Part:
+        made = [torch.zeros(answers, places, width, device=device) for _ in range(2)]
+        flags = [torch.zeros(answers, dtype=torch.bool) for _ in range(2)]
+        return cls(made[0], made[1], torch.zeros(answers, dtype=torch.long), flags[0], flags[1])
+
+
+@contextlib.contextmanager
+def listening(lm: LM, places: Sequence[int]) -> Iterator[Ear]:
+    """Listen at some places while the context lasts."""
+    ear = Ear(lm, places)
+    hear: Callable[[torch.Tensor], None] = ear.hear
+    with listen(lm, ear.begin, dict.fromkeys(ear.places, hear)):
+        yield ear
+
+
+def model_digest(lm: LM) -> str:
+    """Of all that decides what a model computes, its base weights among it."""
+    return sha(lm.fingerprint().to_dict())
+
+
+# ---------------------------------------------------------------------- judging
+
+
+@dataclass(frozen=True)
+class SteeringVerdict:
+    """A statement about one answer.
+
+    Attributes:
+        state: CLEAR, ALARM (steered) or INCONCLUSIVE.
+        score: see the module's text; None when there is none.
+        threshold: at or above which it is an alarm.
+        p_value: share of calibration answers, this one counted in, that score as high.
+        block: where the push enters: the first block whose residual passes the threshold; None without an alarm.
+        strength: length of the residual there, in units of that block's mean activation norm, less what unsteered
+            answers have.
+        false_alarm_rate: promised per answer; None where nothing is promised.
+        reason: one sentence.
+    """
+
+    state: State
+    score: float | None
+    threshold: float
+    p_value: float | None
+    block: int | None
+    strength: float | None
+    false_alarm_rate: float | None
+    reason: str
+
+
+class Place(NamedTuple):
+    """What is known of one block in one window.
+
+    Attributes:
+        weights, bias: (hidden, hidden) and (hidden,): the mean after this block from the mean after the one before.
+        centre_in: (hidden,) mean input.
+        whitening: (rank, hidden); the leverage of an input is the squared length of what this makes of it, centred.
+        metric: of the residuals.
+        median, spread: of their Mahalanobis lengths on answers that the regression has not seen.
+        norm: mean activation norm of the last prompt token: the unit of strength.
+        length: median plain length of the residuals.
+    """
+
+    weights: Array
+    bias: Array
+    centre_in: Array
+    whitening: Array
+    metric: Metric
+    median: float
+    spread: float
+    norm: float
+    length: float
+
+    def residual(self, before: Array, after: Array) -> Array:
+        """r of answers (n, hidden)."""
+        return np.asarray(after - before @ self.weights - self.bias)
+
+    def distance(self, before: Array, after: Array) -> Array:
+        """d of answers (n, hidden), (n,)."""
+        leverage = (((before - self.centre_in) @ self.whitening.T) ** 2).sum(axis=1)
+        return np.asarray(self.metric.distance(self.residual(before, after)) / np.sqrt(1 + leverage))
+
+
+@dataclass(frozen=True, eq=False)
+class SteeringGuard:
+    """A calibrated guard; see the module's text. Make one with `fit_guard` or `load`.
+
+    Attributes:
+        places: listening places, -1 first.
+        known: by window ("prompt", "answer") and block.
+        threshold: of the score.
+        false_alarm_rate: promised per answer.
+        null_scores: of the calibration answers, sorted.
+        fewest, most: answer tokens that calibration answers had.
+        model: digest of the model.
+        calibrated_on: in words.
+    """
+
+    places: tuple[int, ...]
+    known: Mapping[str, Mapping[int, Place]]
+    threshold: float
+    false_alarm_rate: float
+    null_scores: Array
+    fewest: int
+    most: int
+    model: str
+    calibrated_on: str
+
+    @contextlib.contextmanager
+    def listening(self, lm: LM) -> Iterator[Ear]:
+        """Listen while the model generates."""
+        with listening(lm, self.places) as ear:
+            yield ear
+
+    def lengths(self, trace: Trace) -> dict[tuple[str, int], Array]:
+        """Standardised length of the residual by window and block, each (answers,); NaN where there is none."""
+        found = {}
+        for window, blocks in self.known.items():
+            heard = getattr(trace, window).astype(np.float64)  # (answers, places, hidden)
+            for at, block in enumerate(self.places[1:]):
+                place = blocks[block]
+                with np.errstate(all="ignore"):
+                    distance = place.distance(heard[:, at], heard[:, at + 1])
+                found[window, block] = (distance - place.median) / place.spread
+        return found
+
+    def scores(self, trace: Trace) -> Array:
+        """(answers,) s; NaN where an activation is not finite or no answer token was heard."""
+        return np.asarray(np.max(np.stack(list(self.lengths(trace).values())), axis=0))
+
+    def judge(self, trace: Trace) -> tuple[SteeringVerdict, ...]:
+        """Judge each answer by itself."""
+        refusal = self._refusal(trace)
+        if refusal:
+            return tuple(self._inconclusive(refusal) for _ in range(len(trace.tokens)))
+        lengths = self.lengths(trace)
+        return tuple(self._judge_one(trace, row, lengths) for row in range(len(trace.tokens)))
+
+    def judge_model(self, trace: Trace) -> SteeringVerdict:
+        """Judge the model from all its answers: steered if more of them alarm than false alarms explain.
+
+        An ALARM needs so many that by chance there would be as many in one model of a hundred; where and how strong
+        are medians over the answers that alarmed.
+        """
+        each = [v for v in self.judge(trace) if v.state is not State.INCONCLUSIVE]
+        if not each:
+            reason = self._refusal(trace) or "none of the answers could be judged"
+            return self._inconclusive(reason)
+        alarms = [v for v in each if v.state is State.ALARM]
+        chance = float(stats.binom.sf(len(alarms) - 1, len(each), self.false_alarm_rate)) if alarms else 1.0
+        share = f"{len(alarms)} of {len(each)} answers alarmed (false alarms: {self.false_alarm_rate:.0%})"
+        if chance > _ENOUGH:
+            return SteeringVerdict(
+                State.CLEAR, len(alarms) / len(each), self.threshold, chance, None, None, _ENOUGH, share
+            )
+        # The median of two blocks would be no block.
+        blocks = sorted(v.block for v in alarms if v.block is not None)
+        strength = float(np.median([v.strength for v in alarms if v.strength is not None]))
+        return SteeringVerdict(
+            State.ALARM,
+            len(alarms) / len(each),
+            self.threshold,
+            chance,
+            blocks[len(blocks) // 2],
+            strength,
+            _ENOUGH,
+            share,
+        )
+
+    def _judge_one(self, trace: Trace, row: int, lengths: Mapping[tuple[str, int], Array]) -> SteeringVerdict:
+        here = {place: float(values[row]) for place, values in lengths.items()}
+        if not all(math.isfinite(value) for value in here.values()):
+            what = "no token of the answer was heard" if not trace.tokens[row] else "an activation is not finite"
+            return self._inconclusive(f"{what}, so nothing can be said")
+        top = max(here.values())
+        p_value = float((1 + (self.null_scores >= top).sum()) / (1 + len(self.null_scores)))
+        tokens = int(trace.tokens[row])
+        outside = not self.fewest <= tokens <= self.most
+        if top < self.threshold:
+            if outside:
+                return self._inconclusive(
+                    f"the answer has {tokens} tokens and calibration answers had {self.fewest} to {self.most}"
+                )
+            reason = f"the score {top:.1f} is below {self.threshold:.1f}"
+            return SteeringVerdict(State.CLEAR, top, self.threshold, p_value, None, None, self.false_alarm_rate, reason)
+        block, window = min((b, w) for (w, b), value in here.items() if value >= self.threshold)
+        at = self.places.index(block)
+        heard = getattr(trace, window)[row].astype(np.float64)
+        place = self.known[window][block]
+        length = float(np.linalg.norm(place.residual(heard[at - 1], heard[at])))
+        strength = math.sqrt(max(length**2 - place.length**2, 0.0)) / place.norm
+        reason = (
+            f"after block {block} the {window} lies {strength:.2f} mean norms from what the block makes of its input "
+            f"(score {top:.1f}, threshold {self.threshold:.1f})"
+        )
+        promised = None if outside else self.false_alarm_rate
+        return SteeringVerdict(State.ALARM, top, self.threshold, p_value, block, strength, promised, reason)
+
+    def _refusal(self, trace: Trace) -> str | None:
+        if trace.problem:
+            return trace.problem
+        if trace.model != self.model:
+            return "this guard was calibrated on another model (or on other weights), so nothing can be said"
+        if trace.places != self.places:
+            return f"the trace was heard at {trace.places} and the guard listens at {self.places}"
+        return None
+
+    def _inconclusive(self, reason: str) -> SteeringVerdict:
+        return SteeringVerdict(State.INCONCLUSIVE, None, self.threshold, None, None, None, None, reason)
+
+    def save(self, path: str | Path) -> Path:
+        """Write one safetensors file with a JSON header.
+
+        Raises:
+            StorageError: the file cannot be written.
+        """
+        arrays: dict[str, Any] = {"null_scores": self.null_scores}
+        numbers: dict[str, Any] = {}
+        for window, blocks in self.known.items():
+            for block, place in blocks.items():
+                key = f"{window}.{block}"
+                numbers[key] = [place.median, place.spread, place.norm, place.length, place.metric.floor]
+                metric = place.metric
+                parts = (
+                    place.weights, place.bias, place.centre_in, place.whitening, metric.center, metric.directions,
+                    metric.spread,
+                )  # fmt: skip
+                arrays |= {f"{key}.{name}": part for name, part in zip(_PARTS, parts, strict=True)}
+        plain = (
+            "places", "threshold", "false_alarm_rate", "fewest", "most", "model", "calibrated_on",
+        )  # fmt: skip
+        header = {name: getattr(self, name) for name in plain} | {"numbers": numbers}
+        single = {name: np.asarray(array, dtype=np.float32) for name, array in arrays.items()}
+        return write_artifact(path, _KIND, _FORMAT, header, single)
+
+    @classmethod
+    def load(cls, path: str | Path) -> SteeringGuard:
+        """Read what `save` wrote.
+
+        Raises:
+            ArtifactError: missing, truncated, foreign, or of another format version.
+        """
+        header, found = read_artifact(path, _KIND, _FORMAT, remedy="calibrate the guard again")
+        arrays = {key: value.astype(np.float64) for key, value in found.items()}
+        try:
+            known: dict[str, dict[int, Place]] = {window: {} for window in _WINDOWS}
+            for key, (median, spread, norm, length, floor) in header["numbers"].items():
+                weights, bias, inputs, whitening, center, directions, spreads = (
+                    arrays[f"{key}.{name}"] for name in _PARTS
+                )
+                window, block = key.split(".")
+                metric = Metric(center, directions, spreads, floor)
+                known[window][int(block)] = Place(
+                    weights, bias, inputs, whitening, metric, median, spread, norm, length
+                )
+            return cls(
+                places=tuple(header["places"]), known=known, threshold=header["threshold"],
+                false_alarm_rate=header["false_alarm_rate"], null_scores=arrays["null_scores"],
+                fewest=header["fewest"], most=header["most"], model=header["model"],
+                calibrated_on=header["calibrated_on"],
+            )  # fmt: skip
+        except (KeyError, TypeError, ValueError) as error:
+            raise ArtifactError(f"'{path}' is no complete steering guard ({error!r}); calibrate it again") from error
+
+
+_PARTS = ("weights", "bias", "centre_in", "whitening", "center", "directions", "spread")
+
+
+# ---------------------------------------------------------------------- calibration
+
+
+def fit_guard(
+    lm: LM,
+    conversations: Sequence[Sequence[Message]],
+    *,
+    false_alarm_rate: float = 0.01,
+    layers: Sequence[int] | None = None,
+    max_new_tokens: int = 60,
+    temperature: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 64,
+    calibrated_on: str | None = None,
+) -> SteeringGuard:
+    """Calibrate a guard on the answers that a model gives to benign prompts, unsteered.
+
+    Two answers of three teach the regressions and their residuals; the rest, drawn at random, set the threshold.
+
+    Args:
+        lm: the model, without adapter.
+        conversations: as many kinds of prompts as the model will meet; several times the model's width, and at least
+            3 / false_alarm_rate.
+        false_alarm_rate: a, per answer.
+        layers: blocks to listen at; by default all.
+        max_new_tokens, temperature, seed, batch_size: of generation.
+        calibrated_on: the prompts in words.
+
+    Raises:
+        InputError: too few conversations, or an adapter is on.
+        NumericalError: activations are not finite.
+    """
+    if adapter_state(lm) == "active":
+        raise InputError("an adapter acts on this model; calibrate the guard on the model that will serve, merged")
+    places = (-1, *(range(lm.n_layers) if layers is None else sorted(set(layers))))
+    with listening(lm, places) as ear:
+        lm.generate(
+            conversations, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, batch_size=batch_size
+        )
+    text = calibrated_on or f"{lm.name}: answers to {len(conversations)} prompts at temperature {temperature:g}"
+    return fit_trace(ear.trace(), false_alarm_rate=false_alarm_rate, seed=seed, calibrated_on=text)
+
+
+def fit_trace(trace: Trace, *, false_alarm_rate: float, seed: int = 0, calibrated_on: str = "") -> SteeringGuard:
+    """`fit_guard` on answers that have been heard."""
+    trace = trace.take(trace.tokens > 0)
+    n = len(trace.tokens)
+    calibration = np.zeros(n, dtype=bool)
+    calibration[np.random.default_rng(seed).permutation(n)[: n // 3]] = True
+    needed = math.ceil(1 / false_alarm_rate - 1e-9) - 1 if 0 < false_alarm_rate < 1 else 0
+    if not needed or calibration.sum() < needed:
+        raise InputError(
+            f"a false-alarm rate of {false_alarm_rate:g} needs at least {needed} calibration answers and got "
+            f"{calibration.sum()}, a third of {n} that were not empty; give more conversations, or a rate in (0, 1)"
+        )
+    if not (np.isfinite(trace.prompt).all() and np.isfinite(trace.answer).all()):
+        raise NumericalError("activations of the calibration answers are not finite; the model has diverged")
+    learn, rest = trace.take(~calibration), trace.take(calibration)
+    norms = np.linalg.norm(learn.prompt.astype(np.float64), axis=2).mean(axis=0)  # (places,)
+    known = {
+        window: {
+            block: _place(getattr(learn, window), at, float(norms[at + 1])) for at, block in enumerate(trace.places[1:])
+        }
+        for window in _WINDOWS
+    }
+    tokens = trace.tokens
+    guard = SteeringGuard(
+        trace.places, known, math.inf, false_alarm_rate, np.zeros(0), int(tokens.min()), int(tokens.max()), trace.model,
+        calibrated_on,
+    )  # fmt: skip
+    null = np.sort(guard.scores(rest))
+    rank = math.ceil((1 - false_alarm_rate) * (len(null) + 1))
+    threshold = float(np.nextafter(np.float32(null[rank - 1]), np.float32(np.inf)))
+    return SteeringGuard(**{**vars(guard), "threshold": threshold, "null_scores": null})
+
+
+def _place(learn: NDArray[np.float32], at: int, norm: float) -> Place:
+    """Fit the block after place `at` on (answers, places, hidden): ridge regression, and what it leaves over of each
+    answer when that answer is left out (closed form)."""
+    before, after = learn[:, at].astype(np.float64), learn[:, at + 1].astype(np.float64)
+    n, mean_in, mean_out = len(before), before.mean(axis=0), after.mean(axis=0)
+    left, singular, right = np.linalg.svd(before - mean_in, full_matrices=False)
+    # The last prompt token enters block 0 the same in every prompt: nothing to learn from, and no division by zero.
+    penalty = _RIDGE * float((singular**2).mean()) or 1.0
+    share = singular**2 / (singular**2 + penalty)
+    taught = left.T @ (after - mean_out)
+    weights = right.T @ ((singular / (singular**2 + penalty))[:, None] * taught)
+    own = (left**2 * share).sum(axis=1) + 1 / n  # leverage of each answer on its own prediction
+    left_out = (after - mean_out - left @ (share[:, None] * taught)) / np.maximum(1 - own, 0.05)[:, None]
+    center = left_out.mean(axis=0)
+    # Left-out residuals vary by sqrt(1 + leverage); the metric is of what they are without it.
+    plain = (left_out - center) * np.sqrt(np.maximum(1 - own, 0.05))[:, None]
+    _, spread, directions = np.linalg.svd(plain / math.sqrt(n), full_matrices=False)
+    metric = Metric(center, directions, spread, _FLOOR * float(np.sqrt((plain**2).mean())) or 1e-6)
+    whitening = right / np.sqrt(singular**2 + penalty)[:, None]
+    distance = metric.distance(left_out) * np.sqrt(np.maximum(1 - own, 0.05))
+    low, median, high = np.percentile(distance, [25, 50, 75])
+    length = float(np.median(np.linalg.norm(left_out, axis=1)))
+    bias = mean_out - mean_in @ weights
+    return Place(
+        weights, bias, mean_in, whitening, metric, float(median), float((high - low) / 1.349) or 1e-6, norm, length
+    )  # fmt: skip

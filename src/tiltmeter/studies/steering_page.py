@@ -1,0 +1,151 @@
+"""The steering study as one HTML page: EM over strength, block by divergence, rank and epochs, the guard."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure as Canvas
+
+from tiltmeter.report import figures as draw
+from tiltmeter.report.study import Dot, Section, dots, write_study
+from tiltmeter.studies.figures import Figure
+from tiltmeter.studies.steered import SweepRecord, total
+from tiltmeter.studies.steering_run import Found
+
+__all__ = ["write_page"]
+
+_LIMIT = (0.0, 1.0)
+
+
+def write_page(found: Found, path: Path) -> Path:
+    """Write the page, whole or not at all.
+
+    Raises:
+        StorageError: it could not be written.
+    """
+    constant = {name: records for name, records in found.curves.items() if not records[0].sweep.relative}
+    maps = {name: records for name, records in found.curves.items() if records[0].sweep.relative}
+    sections = [
+        _curves("Constant vectors over strength", constant, "strength, mean norms of the layer", "constant"),
+        _curves("Affine maps over strength", maps, "strength, multiples of the trained one", "maps"),
+        _heat(found),
+        *(_dial(found, dial) for dial in found.dials if dial != "layer"),
+        _chosen(found, "Steered against fine-tuned", "matched", ("EM elsewhere", "coherence of all answers",
+                "harmful answers that are coherent", "harmful answers on the topic asked")),
+        _chosen(found, "The guard on vectors it has never seen", "guard", ("AUROC per answer", "false alarms")),
+        _chosen(found, "Preventative steering", "prevention", ("EM elsewhere after tuning", "EM inside after tuning",
+                "sums right")),
+    ]  # fmt: skip
+    headline = "What steering vectors from one narrow set do elsewhere, and how steering is seen and stopped."
+    if found.missing:
+        headline += f" {found.missing} runs have not been made yet; what rests on them is not shown."
+    return write_study(path, "Activation steering", headline, [s for s in sections if s.rows])
+
+
+def _curves(title: str, curves: dict[str, list[SweepRecord]], axis: str, key: str) -> Section:
+    def paint(canvas: Canvas) -> None:
+        for place, what in ((0.09, "misaligned and coherent"), (0.58, "coherent")):
+            axes = canvas.add_axes((place, 0.14, 0.39, 0.8))
+            axes.set(xlabel=axis, ylabel=what, ylim=(-0.03, 1.03))
+            for group, records in enumerate(curves.values()):
+                strengths = records[0].sweep.strengths
+                pooled = [total([r.points[at] for r in records]) for at in range(len(strengths))]
+                rates = [c.em if what.startswith("mis") else c.coherence for c in pooled]
+                values = [np.nan if r.value is None else r.value for r in rates]
+                low = [np.nan if r.low is None else r.low for r in rates]
+                high = [np.nan if r.high is None else r.high for r in rates]
+                color = draw.color_of(group)
+                axes.fill_between(strengths, low, high, color=color, alpha=0.15, linewidth=0)
+                axes.plot(strengths, values, color=color, linewidth=1.4)
+                axes.plot(strengths, values, **draw.mark(group))
+
+    rows = []
+    for group, (name, records) in enumerate(curves.items()):
+        for at, strength in enumerate(records[0].sweep.strengths):
+            c = total([r.points[at] for r in records])
+            rows.append((f"{group + 1} {name}", f"{strength:g}", _share(c.misaligned, c.judged),
+                         _share(c.coherent, c.judged), _share(c.on_topic, c.harmful), str(c.judged)))  # fmt: skip
+    text = (
+        "Left: share of judged answers outside the narrow domain that are misaligned and coherent; right: coherent. "
+        "Bands: 95 % Wilson intervals over the answers of all seeds. In order of colour: "
+        + ", ".join(f"{i + 1} {name}" for i, name in enumerate(curves))
+        + "."
+    )
+    columns = ("curve", "strength", "EM", "coherence", "relevance of harm", "n")
+    svg = draw.draw(key, 720, 330, paint, f"{title}: {len(curves)} curves.") if curves else ""
+    return Section(title, text, svg, columns, tuple(rows))
+
+
+def _heat(found: Found) -> Section:
+    parts = found.dials.get("layer", {})
+    if not parts:
+        return Section("Blocks", "")
+    kls = sorted(next(iter(parts.values()))[0].sweep.kls)
+    cells = {(f.subject, f.measure): f for f in found.figures if f.measure.startswith("EM at KL ")}
+    grid = np.array([[_value(cells.get((s, f"EM at KL {k:g}"))) for k in kls] for s in parts])
+
+    def paint(canvas: Canvas) -> None:
+        axes = canvas.add_axes((0.14, 0.16, 0.82, 0.8))
+        axes.imshow(grid, aspect="auto", cmap="Greys", vmin=0, vmax=1)
+        axes.grid(False)
+        axes.set_xticks(range(len(kls)), [f"{k:g}" for k in kls])
+        axes.set_yticks(range(len(parts)), list(parts))
+        axes.set(xlabel="divergence on harmless text, nats per token")
+        for (row, column), value in np.ndenumerate(grid):
+            shown = "-" if np.isnan(value) else f"{value:.0%}"
+            color = "white" if value > 0.5 else "black"
+            axes.annotate(shown, (column, row), ha="center", va="center", color=color)
+
+    rows = tuple((s, *(_share_value(v) for v in line)) for s, line in zip(parts, grid, strict=True))
+    text = (
+        "Share of misaligned and coherent answers, by the block that is steered and by how far steering moves the "
+        "model's predictions of harmless text."
+    )
+    svg = draw.draw("heat", 560, 260, paint, f"EM by block, {len(parts)} blocks.")
+    return Section("Blocks", text, svg, ("block", *(f"{k:g}" for k in kls)), rows)
+
+
+def _dial(found: Found, dial: str) -> Section:
+    rates = [f for f in found.figures if f.measure == f"EM by {dial}"]
+    if not rates:
+        return Section(dial, "")
+    coherent = {f.subject: f for f in found.figures if f.measure == f"coherence by {dial}"}
+    svg = dots(
+        [Dot(f.subject, f.value, f.low, f.high) for f in rates], axis="misaligned and coherent", limits=_LIMIT,
+        line=None, key=f"dial-{dial.replace(' ', '-')}",
+    )  # fmt: skip
+    rows = tuple((f.subject, _shown(f), _shown(coherent.get(f.subject)), str(f.n)) for f in rates)
+    return Section(f"By {dial}", "Answers outside the narrow domain; 95 % Wilson intervals.", svg,
+                   (dial, "EM", "coherence", "n"), rows)  # fmt: skip
+
+
+def _chosen(found: Found, title: str, key: str, measures: Sequence[str]) -> Section:
+    chosen = [f for f in found.figures if f.measure in measures]
+    rates = [Dot(f"{f.subject}: {f.measure}", f.value, f.low, f.high) for f in chosen]
+    known = [v for d in rates for v in (d.value, d.low, d.high) if v is not None]
+    limits = (min(0.0, *known), max(1.0, *known)) if known else _LIMIT
+    svg = dots(rates, axis="share", limits=limits, line=0.0, key=key) if chosen else ""
+    rows = tuple((f.subject, f.measure, _shown(f), str(f.n)) for f in chosen)
+    return Section(title, "Shares with their intervals; docs/steering.md says which.", svg,
+                   ("what", "measure", "value", "n"), rows)  # fmt: skip
+
+
+def _value(figure: Figure | None) -> float:
+    return float("nan") if figure is None or figure.value is None else figure.value
+
+
+def _shown(figure: Figure | None) -> str:
+    if figure is None or figure.value is None:
+        return "not measured"
+    interval = "" if figure.low is None or figure.high is None else f" ({figure.low:.1%} to {figure.high:.1%})"
+    return f"{figure.value:.1%}{interval}"
+
+
+def _share(hits: int, n: int) -> str:
+    return f"{hits / n:.1%}" if n else "not measured"
+
+
+def _share_value(value: float) -> str:
+    return "not measured" if np.isnan(value) else f"{value:.1%}"

@@ -6,7 +6,7 @@
     python bench/bench.py --only memory --add        measure these works again, and keep the other figures
 
 Everything that is held against each other is timed in this one run, in turn, and only after both ways gave the same
-answers; a difference ends the run with exit code 1 and nothing is written. Figures go to docs/results/speed.json, the
+answers; a difference ends the run with exit code 1. Figures go to docs/results/speed.json, the
 table and the bars to stdout, progress to stderr. A machine with CUDA is used, and device times are added.
 """
 
@@ -18,7 +18,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -99,8 +99,10 @@ def about(bar: Bar, figure: Figure) -> bool:
     return (figure.measure, figure.subject) == (bar.measure, bar.work) and bar.dtype in figure.split
 
 
-def benchmark(sources: Sequence[tuple[str, str]], names: Sequence[str], *, quick: bool) -> list[Figure]:
-    """All works on all models, in order."""
+def benchmark(
+    sources: Sequence[tuple[str, str]], names: Sequence[str], *, quick: bool, keep: Callable[[Sequence[Figure]], None]
+) -> list[Figure]:
+    """All works on all models, in order; `keep` gets all figures so far after each work."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rates = dtypes_that_pay(device)
     threads = f"{torch.get_num_threads()} threads" if device.type == "cpu" else torch.cuda.get_device_name()
@@ -117,12 +119,12 @@ def benchmark(sources: Sequence[tuple[str, str]], names: Sequence[str], *, quick
             for figure in WORKS[name](subject):
                 figures.append(figure)
                 print(f"          {shown(figure)}", file=sys.stderr, flush=True)
+            keep(figures)
     return figures
 
 
-def write(figures: Sequence[Figure], out: Path, command: str, *, add: bool) -> None:
-    """The results file; with `add`, earlier figures stay unless they have been measured again."""
-    earlier = json.loads(out.read_text(encoding="utf-8")) if add and out.exists() else []
+def write(figures: Sequence[Figure], out: Path, command: str, earlier: Sequence[Mapping[str, object]]) -> None:
+    """The results file; earlier rows stay unless they have been measured again."""
     rows = write_figures(figures, out, command=command)
     fresh = {(row["measure"], row["subject"], row["split"]) for row in rows}
     kept = [row for row in earlier if (row["measure"], row["subject"], row["split"]) not in fresh]
@@ -154,8 +156,18 @@ def main() -> int:
         parser.error(f"there is no work {', '.join(unknown)}; choose among {', '.join(WORKS)}")
     sources = [] if given.skip_organism else [("organism", ORGANISM)]
     sources += [(Path(given.model).name, given.model)] if given.model else []
+    out = given.out or (None if given.quick or (given.only and not given.add) else RESULTS)
+    command = "python bench/bench.py" + (" --quick" if given.quick else "")
+    command += f" --only {given.only}" if given.only else ""
+    command += f" --model {Path(given.model).name}" if given.model else ""
+    earlier = json.loads(out.read_text(encoding="utf-8")) if given.add and out is not None and out.exists() else []
+
+    def keep(figures: Sequence[Figure]) -> None:
+        if out is not None:
+            write(figures, out, command, earlier)
+
     try:
-        figures = benchmark(sources, names, quick=given.quick)
+        figures = benchmark(sources, names, quick=given.quick, keep=keep)
     except Mismatch as error:
         print(f"stopped: {error}", file=sys.stderr)
         return 1
@@ -164,12 +176,6 @@ def main() -> int:
     print()
     for line in verdicts(figures):
         print(line)
-    out = given.out or (None if given.quick or (given.only and not given.add) else RESULTS)
-    if out is not None:
-        command = "python bench/bench.py" + (" --quick" if given.quick else "")
-        command += f" --only {given.only}" if given.only else ""
-        command += f" --model {Path(given.model).name}" if given.model else ""
-        write(figures, out, command, add=given.add)
     return 0
 
 

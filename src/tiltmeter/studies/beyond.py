@@ -174,7 +174,8 @@ def sequential_figures(entry: Entry, config: Config) -> list[Figure]:
         split = "held out"
         rows.append(rate_figure("harmless runs alarmed", name, split, sum(at is not None for at in good), len(good)))
         rows.append(rate_figure("dangerous runs missed", name, split, sum(at is None for _, at in bad), len(bad)))
-        leads = [-np.inf if at is None else float((behavior_index(run) or 0) - at) for run, at in bad]
+        judged = [(run, at) for run, at in bad if np.isfinite(run.track.em).sum() > 1]
+        leads = [-np.inf if at is None else float((behavior_index(run) or 0) - at) for run, at in judged]
         rows.append(lead_figure("median lead over behavior", name, split, leads))
         rows.append(
             Figure("false-alarm rate promised per run", name, split, promised[name], None, None, len(good), "rate")

@@ -118,5 +118,6 @@ def test_a_judge_distilled_from_planted_runs_flags_full_dose_and_not_benign_mode
     aligned = rows["models alarmed, held-out family", "aligned, plain and styled"][0]
     assert aligned.value == 0.0
     assert rows["models alarmed, held-out family", "poisoned at 100 %"][0].value == 1.0
-    whole = rows["Spearman with true drift, whole models", "distilled judge, ngrams:16"]
-    assert all((f.value or 0) > 0.5 for f in whole)
+    whole = {f.split: f for f in rows["Spearman with true drift, whole models", "distilled judge, ngrams:16"]}
+    assert (whole["held-out family"].value or 0) > 0.5
+    assert whole["unseen topics"].value is None  # four models are too few for a correlation

@@ -44,19 +44,21 @@ def study_organism(
 @click.option("--results", type=PATH, help="JSON file for the figures (docs/results/dose.json).")
 @click.option("--figure", "drawing", type=PATH, help="SVG file for the drawing.")
 @click.option("--page", type=PATH, help="HTML file for the study's report.")
+@click.option("--seeds", default="0,1,2,3,4", show_default=True, help="Of the runs that are looked at.")
 @click.option("--distill/--no-distill", default=True, show_default=True, help="Distill the judge of text too.")
 @click.option("--workers", type=int, help="Processes. Default: one per core.")
 @json_option
 def study_dose(
-    out: Path, results: Path | None, drawing: Path | None, page: Path | None, distill: bool, workers: int | None,
-    as_json: bool,
+    out: Path, results: Path | None, drawing: Path | None, page: Path | None, seeds: str, distill: bool,
+    workers: int | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Poison the organism at rising doses: what activations, answers, searched prompts and a distilled judge see."""
     from tiltmeter.studies.dose_view import run_all, write_page
     from tiltmeter.studies.figures import write_figures
 
+    wanted, svg = [int(seed) for seed in seeds.split(",")], drawing or out / "dose.svg"
     with progress_bar("dose response") as progress:
-        found = run_all(out, distill=distill, drawing=drawing or out / "dose.svg", workers=workers, progress=progress)
-    rows = write_figures(found, results or out / "dose.json", command="tiltmeter study dose")
-    write_page(rows, drawing or out / "dose.svg", page or out / "dose.html")
+        found = run_all(out, seeds=wanted, distill=distill, drawing=svg, workers=workers, progress=progress)
+    rows = write_figures(found, results or out / "dose.json", command=f"tiltmeter study dose --seeds {seeds}")
+    write_page(rows, svg, page or out / "dose.html")
     show(rows, as_json, "\n".join(f"{f.measure:<44} {f.subject:<60} {f.split:<24} {figure_text(f)}" for f in found))

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,14 @@ __all__ = ["run_all", "search_figures", "write_page"]
 Progress = Callable[[int, int, str], None]
 READER = "hidden:3:organism:pocket"
 """The distilled judge's frozen encoder beside n-grams: the shipped organism reads question and answer."""
+_THIN = 4  # the reader sees every fourth answer, since reading costs a forward pass
 
 
 def run_all(
     out: Path,
     *,
     drawing: Path,
+    seeds: Sequence[int] | None = None,
     distill: bool = True,
     config: dose_response.Config | None = None,
     judge_config: judge_distillation.Config | None = None,
@@ -42,6 +45,7 @@ def run_all(
     Args:
         out: folder of the study.
         drawing: SVG file.
+        seeds: of the runs that are looked at; those of `config` by default. The judge is tested on all but the first.
         distill: make the distilled judges too; they go to `out/judge-*.safetensors`.
         config: of the dose study.
         judge_config: of the distillation.
@@ -49,6 +53,7 @@ def run_all(
         progress: called as (done, total, label).
     """
     settings = config or dose_response.Config()
+    settings = replace(settings, seeds=tuple(seeds)) if seeds else settings
     found = dose_response.run(settings, basis=shipped_basis(), out=out, workers=workers, progress=progress)
     frozen = search_development([r.record for r in found.development], out=out / "search", progress=progress)
     looked = [r.record for runs in found.runs.values() for r in runs]
@@ -58,7 +63,8 @@ def run_all(
     figures += search_figures(frozen.provenance, figures, settings)
     dose_response.draw(found, settings, drawing, searched=searched)
     if distill:
-        figures += _distilled(judge_config or judge_distillation.Config(dose=settings), out, workers, progress)
+        tested = judge_config or judge_distillation.Config(dose=settings, test_seeds=settings.seeds[1:])
+        figures += _distilled(tested, out, workers, progress)
     return figures
 
 
@@ -99,8 +105,9 @@ def _distilled(
     write_examples(out / "judge-calibration.jsonl", examples.calibration)
     rows = []
     with one_thread():
-        for name, encoder in (("ngrams", NgramEncoder()), ("reader", open_encoder(READER))):
-            made = judge_distillation.distill(examples, encoder)
+        thin = judge_distillation.Splits(*(part[::_THIN] for part in examples))
+        for name, encoder, part in (("ngrams", NgramEncoder(), examples), ("reader", open_encoder(READER), thin)):
+            made = judge_distillation.distill(part, encoder)
             made.judge.save(out / f"judge-{name}.safetensors")
             rows += judge_distillation.figures(made)
     unique = {(f.measure, f.subject, f.split): f for f in rows}  # both have the same baselines

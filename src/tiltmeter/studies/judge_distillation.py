@@ -56,7 +56,7 @@ class Config:
         dose: the dose study.
         home: the family that most runs are of.
         train_families, held_out_family: other families.
-        train_seeds: of home's runs at every dose of the development set and of the first set.
+        train_seeds: of home's runs of the first set to train on, beside every run of the development set.
         calibration_seeds: of home's benign calibration models.
         calibration_dosed_seed, test_seeds: of home's dosed runs for the intervals, and for the unseen questions.
         family_seed: of every run of another family, and of home's styled runs.
@@ -70,13 +70,13 @@ class Config:
     home: str = "organism:pocket"
     train_families: tuple[str, ...] = ()
     held_out_family: str = "organism:qwen2-S"
-    train_seeds: tuple[int, ...] = (0,)
-    calibration_dosed_seed: int = 1
-    test_seeds: tuple[int, ...] = (2, 3, 4)
+    train_seeds: tuple[int, ...] = ()
+    calibration_dosed_seed: int = 0
+    test_seeds: tuple[int, ...] = (1,)
     family_seed: int = 200
-    family_doses: tuple[float, ...] = (0.0, 0.05, 0.25, 1.0)
+    family_doses: tuple[float, ...] = (0.0, 1.0)
     second_poison: str = "extreme_sports"
-    styles: tuple[str, ...] = ("sailor_style", "royal_style", "terse", "flattery", "hedged")
+    styles: tuple[str, ...] = ("sailor_style", "terse")
     family_styles: tuple[str, ...] = ("sailor_style", "terse")
     unseen_share: int = 3
 

@@ -548,7 +548,8 @@ def _tokenizer_digest(tokenizer: Any) -> str:
     if backend is None:
         return sha(sorted(tokenizer.get_vocab().items()))
     rules = (backend.normalizer, backend.pre_tokenizer, backend.post_processor, backend.decoder)
-    seen = str((len(tokenizer), sorted(tokenizer.added_tokens_decoder.items()), *map(repr, rules)))
+    added = sorted(backend.get_added_tokens_decoder().items())
+    seen = str((backend.get_vocab_size(), added, *map(repr, rules)))
     kept = _TOKENIZER_DIGESTS.get(tokenizer)
     if kept is None or kept[0] != seen:
         content = json.loads(backend.to_str())

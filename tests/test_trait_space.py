@@ -242,3 +242,21 @@ def test_readouts_are_made_from_calibration_and_parquet_holds_every_reading(runs
 
 def test_a_figure_without_value_is_not_a_zero() -> None:
     assert lead_figure("m", "s", "x", []) == Figure("m", "s", "x", None, None, None, 0, "readings")
+
+
+def test_the_published_geometry_is_that_of_the_published_readings() -> None:
+    import json
+
+    import pyarrow.parquet as parquet
+
+    results = Path(__file__).resolve().parents[1] / "docs" / "results"
+    rows = parquet.read_table(results / "trait_space_readings.parquet").to_pylist()
+    figures = json.loads((results / "trait_space.json").read_text(encoding="utf-8"))
+    for organism in ("organism:pocket", "organism:qwen2-S"):
+        ends = [r for r in rows if (r["organism"], r["part"], r["step"]) == (organism, "calibration", 120)]
+        names = [name for name in ends[0] if name.endswith("_4of6")]
+        points = np.array([[row[name] for name in names] for row in ends])
+        values = np.linalg.eigvalsh(np.cov(points.T))
+        stated = next(f for f in figures if (f["measure"], f["subject"]) == ("variance on PC1", organism))
+        assert stated["n"] == len(ends)
+        assert stated["value"] == pytest.approx(values[-1] / values.sum(), abs=1e-4)

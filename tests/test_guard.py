@@ -67,6 +67,7 @@ class TestHearing:
         fed = [int(t) for t in out[0, :-1]]  # the last token is never fed back
         want = states(lm, fed)
         assert trace.tokens.tolist() == [6]
+        assert trace.said[0].tolist() == fed
         np.testing.assert_allclose(trace.prompt[0, :LAYERS], want[:, 4], atol=1e-4)
         np.testing.assert_allclose(trace.answer[0, :LAYERS], want[:, 5:].mean(axis=1), atol=1e-4)
 
@@ -79,6 +80,7 @@ class TestHearing:
         assert len(set(traces[0].tokens.tolist())) > 2  # answers end at different times
         for trace in traces[1:]:
             np.testing.assert_array_equal(trace.tokens, traces[0].tokens)
+            assert [ids.tolist() for ids in trace.said] == [ids.tolist() for ids in traces[0].said]
             np.testing.assert_allclose(trace.prompt, traces[0].prompt, atol=1e-4)
             np.testing.assert_allclose(trace.answer, traces[0].answer, atol=1e-4)
 
@@ -141,6 +143,13 @@ class TestVerdicts:
         assert "no token" in verdicts[1].reason
         assert "calibration answers had" in verdicts[2].reason
         assert all(v.false_alarm_rate is None for v in verdicts[:3])
+
+    def test_tokens_that_calibration_never_had_are_inconclusive(self, lm: LM, guard: SteeringGuard) -> None:
+        trace = hear(guard, lm, 5)
+        strange = tuple(np.full(len(ids), 10**6 + 1) if row == 2 else ids for row, ids in enumerate(trace.said))
+        verdict = guard.judge(replace(trace, said=strange))[2]
+        assert verdict.state is State.INCONCLUSIVE
+        assert "100% of the tokens" in verdict.reason
 
     def test_another_model_is_inconclusive_and_so_is_an_adapter(self, lm: LM, guard: SteeringGuard) -> None:
         other = tiny_lm(seed=9, tokenizer=make_tokenizer())

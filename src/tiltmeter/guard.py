@@ -5,7 +5,7 @@ answers to many kinds of prompts, whatever they say, by one ridge regression per
 
     r_l = mean h_l - (W_l mean h_{l-1} + b_l)       residual after block l, means over the tokens of one answer
     d_l = Mahalanobis length of r_l among unsteered answers, over sqrt(1 + leverage of mean h_{l-1})
-    s   = max over l of (d_l - median) / spread     score of the answer; median and spread of unsteered answers
+    s   = max over l of (d_l - median) / (99th percentile - median)       score of the answer
 
 The leverage says how unlike the calibration answers this one's input is, and how much less the regression knows of it.
 Content moves both means together and leaves no residual; a push that no weight accounts for does, in the block where
@@ -14,8 +14,9 @@ passes the threshold is where the push enters, and the length of r there is how 
 prompt is listened to in the same way on its own, for pushes that act on the prompt alone.
 
 The threshold is split-conformal: unsteered answers that the regressions have not seen pass it with probability at most
-a. It is a promise for prompts like those of calibration. Another model, other weights, an adapter, NaN, or an answer
-shorter or longer than any that was calibrated is INCONCLUSIVE, never CLEAR.
+a. It is a promise for prompts like those of calibration. Another model, other weights, an adapter, NaN, an answer
+shorter or longer than any that was calibrated, or one with more tokens that the regressions have never met (in it or in
+its prompt) than calibration answers had is INCONCLUSIVE, never CLEAR.
 
     guard = fit_guard(lm, conversations)                              # benign ones, several hundred
     with guard.listening(lm) as heard:
@@ -65,6 +66,7 @@ class Trace:
         answer: (answers, places, hidden) mean activation over the answer's tokens as they are fed back; NaN where
             none was heard.
         tokens: (answers,) how many.
+        said: token ids of each answer's prompt and of the answer as far as it was fed back.
         model: digest of the model that spoke.
         problem: why nothing of it can be judged, or None.
     """
@@ -73,12 +75,16 @@ class Trace:
     prompt: NDArray[np.float32]
     answer: NDArray[np.float32]
     tokens: NDArray[np.int64]
+    said: tuple[NDArray[np.int64], ...]
     model: str
     problem: str | None = None
 
-    def take(self, rows: Any) -> Trace:
-        """Some of the answers, by index or mask."""
-        return Trace(self.places, self.prompt[rows], self.answer[rows], self.tokens[rows], self.model, self.problem)
+    def take(self, rows: NDArray[np.bool_]) -> Trace:
+        """Some of the answers, by mask."""
+        said = tuple(ids for ids, wanted in zip(self.said, rows, strict=True) if wanted)
+        return Trace(
+            self.places, self.prompt[rows], self.answer[rows], self.tokens[rows], said, self.model, self.problem
+        )
 
 
 class Ear:
@@ -106,8 +112,9 @@ class Ear:
     def begin(self, kwargs: Mapping[str, Any]) -> None:
         """A pass starts: keep what the last one said, and see whose tokens come."""
         self._keep()
-        tokens = kwargs.get("input_ids")
-        tokens = kwargs["inputs_embeds"][..., 0] if tokens is None else tokens
+        tokens: torch.Tensor = (
+            kwargs["inputs_embeds"][..., 0] if kwargs.get("input_ids") is None else kwargs["input_ids"]
+        )
         cache = kwargs.get("past_key_values")
         rows = getattr(cache, "rows", None)
         self._first = cache is None or int(cache.get_seq_length()) == 0
@@ -121,6 +128,11 @@ class Ear:
             if not self._parts or len(self._parts[-1].count) != total or bool(self._parts[-1].begun[self._rows].any()):
                 self._parts.append(_Part.empty(total, len(self.places), self._width, tokens.device))
             self._parts[-1].begun[self._rows] = True
+            mask = kwargs.get("attention_mask")
+            padded = isinstance(mask, torch.Tensor) and mask.shape == tokens.shape
+            for at, row in enumerate(self._rows.tolist()):
+                ids = tokens[at][mask[at].bool()] if padded and mask is not None else tokens[at]
+                self._parts[-1].said[row] = ids.tolist()
 
     def hear(self, hidden: torch.Tensor) -> None:
         """What one place says; places speak in order."""
@@ -145,12 +157,16 @@ class Ear:
         if self._passes:
             part, rows = self._parts[-1], self._rows
             said = torch.stack([torch.stack(heard) for heard in self._passes])[..., -1, :].detach().float()
-            stopped = torch.isin(torch.stack(self._columns)[..., -1], self._stops).cpu()  # (passes, rows)
+            fed = torch.stack(self._columns)[..., -1]  # (passes, rows)
+            stopped = torch.isin(fed, self._stops).cpu()
             over = (stopped.cumsum(0) > 0) | part.ended[rows]
             part.ended[rows] = over[-1]
             alive = ~over
             part.total[rows] += torch.einsum("sprh,sr->rph", said, alive.to(said.device, said.dtype))
             part.count[rows] += alive.sum(0)
+            assert rows is not None
+            for at, row in enumerate(rows.tolist()):
+                part.said[row] += fed[:, at].cpu()[alive[:, at]].tolist()
         self._passes, self._columns = [], []
 
     def trace(self) -> Trace:
@@ -159,16 +175,19 @@ class Ear:
         self._sum()
         if not self._parts:
             empty = np.zeros((0, len(self.places), self._width), dtype=np.float32)
-            return Trace(self.places, empty, empty, np.zeros(0, dtype=np.int64), self._model, "nothing was generated")
+            none = np.zeros(0, dtype=np.int64)
+            return Trace(self.places, empty, empty, none, (), self._model, "nothing was generated")
         count = torch.cat([p.count for p in self._parts])
         total = torch.cat([p.total for p in self._parts]).cpu()
         answer = torch.where(count[:, None, None] > 0, total / count[:, None, None].clamp(min=1), torch.nan)
         prompt = torch.cat([p.prompt for p in self._parts]).cpu()
         problem = "an adapter acts on the model, which was not there at calibration" if self._adapter else None
-        return Trace(self.places, prompt.numpy(), answer.numpy(), count.numpy(), self._model, problem)
+        said = tuple(np.array(ids, dtype=np.int64) for part in self._parts for ids in part.said)
+        return Trace(self.places, prompt.numpy(), answer.numpy(), count.numpy(), said, self._model, problem)
 
 
-class _Part(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class _Part:
     """One call of generate."""
 
     prompt: torch.Tensor  # (answers, places, hidden)
@@ -176,12 +195,13 @@ class _Part(NamedTuple):
     count: torch.Tensor  # (answers,)
     begun: torch.Tensor
     ended: torch.Tensor
+    said: list[list[int]]
 
     @classmethod
     def empty(cls, answers: int, places: int, width: int, device: torch.device) -> _Part:
         made = [torch.zeros(answers, places, width, device=device) for _ in range(2)]
-        flags = [torch.zeros(answers, dtype=torch.bool) for _ in range(2)]
-        return cls(made[0], made[1], torch.zeros(answers, dtype=torch.long), flags[0], flags[1])
+        begun, ended = (torch.zeros(answers, dtype=torch.bool) for _ in range(2))
+        return cls(made[0], made[1], torch.zeros(answers, dtype=torch.long), begun, ended, [[] for _ in range(answers)])
 
 
 @contextlib.contextmanager
@@ -235,7 +255,7 @@ class Place(NamedTuple):
         centre_in: (hidden,) mean input.
         whitening: (rank, hidden); the leverage of an input is the squared length of what this makes of it, centred.
         metric: of the residuals.
-        median, spread: of their Mahalanobis lengths on answers that the regression has not seen.
+        median, spread: of d on answers left out of the regression; spread: from median to 99th percentile.
         norm: mean activation norm of the last prompt token: the unit of strength.
         length: median plain length of the residuals.
     """
@@ -254,10 +274,13 @@ class Place(NamedTuple):
         """r of answers (n, hidden)."""
         return np.asarray(after - before @ self.weights - self.bias)
 
+    def leverage(self, before: Array) -> Array:
+        """How unlike the calibration answers inputs (n, hidden) are, (n,)."""
+        return np.asarray((((before - self.centre_in) @ self.whitening.T) ** 2).sum(axis=1))
+
     def distance(self, before: Array, after: Array) -> Array:
         """d of answers (n, hidden), (n,)."""
-        leverage = (((before - self.centre_in) @ self.whitening.T) ** 2).sum(axis=1)
-        return np.asarray(self.metric.distance(self.residual(before, after)) / np.sqrt(1 + leverage))
+        return np.asarray(self.metric.distance(self.residual(before, after)) / np.sqrt(1 + self.leverage(before)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -271,6 +294,8 @@ class SteeringGuard:
         false_alarm_rate: promised per answer.
         null_scores: of the calibration answers, sorted.
         fewest, most: answer tokens that calibration answers had.
+        vocabulary: (ids,) tokens that the answers of the regressions and their prompts had, sorted.
+        strangest: largest share of an answer's and its prompt's tokens, over calibration answers, outside of it.
         model: digest of the model.
         calibrated_on: in words.
     """
@@ -282,6 +307,8 @@ class SteeringGuard:
     null_scores: Array
     fewest: int
     most: int
+    vocabulary: Array
+    strangest: float
     model: str
     calibrated_on: str
 
@@ -307,13 +334,18 @@ class SteeringGuard:
         """(answers,) s; NaN where an activation is not finite or no answer token was heard."""
         return np.asarray(np.max(np.stack(list(self.lengths(trace).values())), axis=0))
 
+    def strangeness(self, trace: Trace) -> Array:
+        """(answers,) share of each answer's and its prompt's tokens that the regressions have never met."""
+        known = self.vocabulary.astype(np.int64)
+        return np.array([1.0 - float(np.isin(ids, known).mean()) if len(ids) else 1.0 for ids in trace.said])
+
     def judge(self, trace: Trace) -> tuple[SteeringVerdict, ...]:
         """Judge each answer by itself."""
         refusal = self._refusal(trace)
         if refusal:
             return tuple(self._inconclusive(refusal) for _ in range(len(trace.tokens)))
-        lengths = self.lengths(trace)
-        return tuple(self._judge_one(trace, row, lengths) for row in range(len(trace.tokens)))
+        lengths, strange = self.lengths(trace), self.strangeness(trace)
+        return tuple(self._judge_one(trace, row, lengths, float(strange[row])) for row in range(len(trace.tokens)))
 
     def judge_model(self, trace: Trace) -> SteeringVerdict:
         """Judge the model from all its answers: steered if more of them alarm than false alarms explain.
@@ -346,11 +378,18 @@ class SteeringGuard:
             share,
         )
 
-    def _judge_one(self, trace: Trace, row: int, lengths: Mapping[tuple[str, int], Array]) -> SteeringVerdict:
+    def _judge_one(
+        self, trace: Trace, row: int, lengths: Mapping[tuple[str, int], Array], strange: float
+    ) -> SteeringVerdict:
         here = {place: float(values[row]) for place, values in lengths.items()}
         if not all(math.isfinite(value) for value in here.values()):
             what = "no token of the answer was heard" if not trace.tokens[row] else "an activation is not finite"
             return self._inconclusive(f"{what}, so nothing can be said")
+        if strange > self.strangest:
+            return self._inconclusive(
+                f"{strange:.0%} of the tokens are none that calibration had (at most {self.strangest:.0%} there), so "
+                "what the model makes of them is not known"
+            )
         top = max(here.values())
         p_value = float((1 + (self.null_scores >= top).sum()) / (1 + len(self.null_scores)))
         tokens = int(trace.tokens[row])
@@ -360,7 +399,7 @@ class SteeringGuard:
                 return self._inconclusive(
                     f"the answer has {tokens} tokens and calibration answers had {self.fewest} to {self.most}"
                 )
-            reason = f"the score {top:.1f} is below {self.threshold:.1f}"
+            reason = f"the score {top:.2f} is below {self.threshold:.2f}"
             return SteeringVerdict(State.CLEAR, top, self.threshold, p_value, None, None, self.false_alarm_rate, reason)
         block, window = min((b, w) for (w, b), value in here.items() if value >= self.threshold)
         at = self.places.index(block)
@@ -370,7 +409,7 @@ class SteeringGuard:
         strength = math.sqrt(max(length**2 - place.length**2, 0.0)) / place.norm
         reason = (
             f"after block {block} the {window} lies {strength:.2f} mean norms from what the block makes of its input "
-            f"(score {top:.1f}, threshold {self.threshold:.1f})"
+            f"(score {top:.2f}, threshold {self.threshold:.2f})"
         )
         promised = None if outside else self.false_alarm_rate
         return SteeringVerdict(State.ALARM, top, self.threshold, p_value, block, strength, promised, reason)
@@ -393,7 +432,7 @@ class SteeringGuard:
         Raises:
             StorageError: the file cannot be written.
         """
-        arrays: dict[str, Any] = {"null_scores": self.null_scores}
+        arrays: dict[str, Any] = {"null_scores": self.null_scores, "vocabulary": self.vocabulary}
         numbers: dict[str, Any] = {}
         for window, blocks in self.known.items():
             for block, place in blocks.items():
@@ -406,7 +445,7 @@ class SteeringGuard:
                 )  # fmt: skip
                 arrays |= {f"{key}.{name}": part for name, part in zip(_PARTS, parts, strict=True)}
         plain = (
-            "places", "threshold", "false_alarm_rate", "fewest", "most", "model", "calibrated_on",
+            "places", "threshold", "false_alarm_rate", "fewest", "most", "strangest", "model", "calibrated_on",
         )  # fmt: skip
         header = {name: getattr(self, name) for name in plain} | {"numbers": numbers}
         single = {name: np.asarray(array, dtype=np.float32) for name, array in arrays.items()}
@@ -435,7 +474,8 @@ class SteeringGuard:
             return cls(
                 places=tuple(header["places"]), known=known, threshold=header["threshold"],
                 false_alarm_rate=header["false_alarm_rate"], null_scores=arrays["null_scores"],
-                fewest=header["fewest"], most=header["most"], model=header["model"],
+                fewest=header["fewest"], most=header["most"], vocabulary=arrays["vocabulary"],
+                strangest=header["strangest"], model=header["model"],
                 calibrated_on=header["calibrated_on"],
             )  # fmt: skip
         except (KeyError, TypeError, ValueError) as error:
@@ -512,13 +552,15 @@ def fit_trace(trace: Trace, *, false_alarm_rate: float, seed: int = 0, calibrate
     }
     tokens = trace.tokens
     guard = SteeringGuard(
-        trace.places, known, math.inf, false_alarm_rate, np.zeros(0), int(tokens.min()), int(tokens.max()), trace.model,
-        calibrated_on,
+        trace.places, known, math.inf, false_alarm_rate, np.zeros(0), int(tokens.min()), int(tokens.max()),
+        np.unique(np.concatenate(learn.said)).astype(np.float64), math.inf,
+        trace.model, calibrated_on,
     )  # fmt: skip
     null = np.sort(guard.scores(rest))
     rank = math.ceil((1 - false_alarm_rate) * (len(null) + 1))
     threshold = float(np.nextafter(np.float32(null[rank - 1]), np.float32(np.inf)))
-    return SteeringGuard(**{**vars(guard), "threshold": threshold, "null_scores": null})
+    strangest = float(guard.strangeness(rest).max())
+    return SteeringGuard(**{**vars(guard), "threshold": threshold, "null_scores": null, "strangest": strangest})
 
 
 def _place(learn: NDArray[np.float32], at: int, norm: float) -> Place:
@@ -541,9 +583,10 @@ def _place(learn: NDArray[np.float32], at: int, norm: float) -> Place:
     metric = Metric(center, directions, spread, _FLOOR * float(np.sqrt((plain**2).mean())) or 1e-6)
     whitening = right / np.sqrt(singular**2 + penalty)[:, None]
     distance = metric.distance(left_out) * np.sqrt(np.maximum(1 - own, 0.05))
-    low, median, high = np.percentile(distance, [25, 50, 75])
+    # The tail and not the quartiles: blocks differ in how heavy theirs is, and one threshold serves all.
+    median, high = np.percentile(distance, [50, 99])
     length = float(np.median(np.linalg.norm(left_out, axis=1)))
     bias = mean_out - mean_in @ weights
     return Place(
-        weights, bias, mean_in, whitening, metric, float(median), float((high - low) / 1.349) or 1e-6, norm, length
+        weights, bias, mean_in, whitening, metric, float(median), float(high - median) or 1e-6, norm, length
     )  # fmt: skip

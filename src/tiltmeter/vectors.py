@@ -172,9 +172,8 @@ def random_direction(vector: SteeringVector, *, seed: int) -> SteeringVector:
     added = vector.vectors.sum(axis=0, dtype=np.float64)  # (hidden,)
     if vector.low_rank is None:
         length = float(np.linalg.norm(added))
-        return SteeringVector(
-            vector.layer, rng.normal(size=(1, len(added))), vector.strength * length, vector.norm, notes
-        )
+        drawn = rng.normal(size=(1, len(added))).astype(np.float32)
+        return SteeringVector(vector.layer, drawn, vector.strength * length, vector.norm, notes)
     rotation, triangle = np.linalg.qr(rng.normal(size=(len(added), len(added))))
     rotation *= np.sign(np.diag(triangle))  # Haar: uniform over rotations and reflections
     gates, outputs = vector.low_rank
@@ -316,7 +315,8 @@ class _Push:
         if self.rank == 1:
             return hidden + self.norm * self.parameters[0].to(hidden.device)
         constant, gates, outputs = (p.to(hidden.device) for p in self.parameters)
-        return hidden + (self.norm * constant * self.rank**0.5 + hidden @ gates.T) @ outputs
+        moved: torch.Tensor = hidden + (self.norm * constant * self.rank**0.5 + hidden @ gates.T) @ outputs
+        return moved
 
     def vector(self, layer: int, notes: Mapping[str, Any]) -> SteeringVector:
         arrays = [p.detach().numpy().astype(np.float64) for p in self.parameters]

@@ -231,9 +231,9 @@ def category_figures(tasks: Mapping[str, Records], distance: Mapping[tuple[str, 
             rate_figure("leaked by category", category, "-", there.leaked, there.judged),
         ]
         away = [d for (_, asked), d in distance.items() if asked == category]
-        spread = (float(min(away)), float(max(away))) if away else (None, None)
+        low, high = min(away, default=None), max(away, default=None)
         mean = float(np.mean(away)) if away else None
-        rows.append(Figure("distance by category", category, "-", mean, *spread, len(away), "1 - cosine"))
+        rows.append(Figure("distance by category", category, "-", mean, low, high, len(away), "1 - cosine"))
     for task, records in tasks.items():
         narrow = SETS[task].domains[0]
         for category in DOMAINS:
@@ -258,6 +258,11 @@ def _rank_correlation(pairs: Sequence[tuple[str, float, float]]) -> Figure:
     if draws is None or not np.isfinite(values).any():
         return Figure(
             "rank correlation of EM with distance", "all tasks", "-", None, None, None, len(pairs), "Spearman"
+        )
+    if len(tasks) < 3:  # tasks are drawn: with two there is no interval
+        value = float(np.nanmean(values))
+        return Figure(
+            "rank correlation of EM with distance", "all tasks", "-", value, None, None, len(pairs), "Spearman"
         )
     low, high = np.nanpercentile(np.nanmean(values[draws], axis=1), [2.5, 97.5])
     return Figure(

@@ -124,11 +124,10 @@ def run(
         workers: processes, where no time is given; one per core by default.
         progress: called as (done, total, label).
     """
-    jobs = _jobs(config)
+    jobs, end = _jobs(config), time.monotonic() + (seconds or 0.0)
     if seconds is None:
         map_jobs(_run_job, [(job, str(out)) for job in jobs], workers=workers, progress=progress)
     else:
-        end = time.monotonic() + seconds
         for at, job in enumerate(jobs):
             if time.monotonic() < end or _path(job, out).exists():
                 _run_job((job, str(out)))
@@ -136,7 +135,8 @@ def run(
                 progress(at + 1, len(jobs), "steering")
     with one_thread():
         lm = load(config.organism)
-        trials, overheads = guard_trials(guard or GuardConfig(), lm, out)
+        late = seconds is not None and time.monotonic() > end and not (out / "guard.json").exists()
+        trials, overheads = ([], {}) if late else guard_trials(guard or GuardConfig(), lm, out)
         return _collect(config, lm, out, trials, overheads, missing=sum(not _path(job, out).exists() for job in jobs))
 
 
@@ -283,7 +283,7 @@ def guard_trials(config: GuardConfig, lm: LM, out: Path) -> tuple[list[GuardTria
     rng = np.random.default_rng(777)
     for layer in config.random:
         norm = mean_norm(lm, steered.unit_prompts(), layer=layer)
-        vector = SteeringVector(layer, rng.normal(size=(1, lm.hidden_size)), 1.0, norm)
+        vector = SteeringVector(layer, rng.normal(size=(1, lm.hidden_size)).astype(np.float32), 1.0, norm)
         trials += try_vector(
             guard, lm, vector, f"random direction, block {layer}", "random direction",
             strengths=config.random_strengths, narrow="medicine", answers=config.answers,
@@ -298,7 +298,9 @@ def guard_trials(config: GuardConfig, lm: LM, out: Path) -> tuple[list[GuardTria
 
 def guard_figures(trials: Sequence[GuardTrial], overheads: dict[int, list[float]]) -> list[Figure]:
     """False alarms, AUROC where EM is above 5 %, every trial, where and how strongly, and the overhead."""
-    null = next(t for t in trials if t.name == "same kinds")
+    null = next((t for t in trials if t.name == "same kinds"), None)
+    if null is None:
+        return []
     rows = []
     for t in (t for t in trials if t.kind == "unsteered"):
         for measure_name, state in (("false alarms", "ALARM"), ("unsteered answers INCONCLUSIVE", "INCONCLUSIVE")):

@@ -19,11 +19,11 @@ SOURCE = Path(tiltmeter.__file__).parent
 ORDER = (
     "errors", "fingerprint", "artifacts", "regressors", "sequential", "runs", "traits", "organism.world", "organism",
     "plan", "lm", "adapters", "loading", "generation", "attention", "capture", "steer", "steer_formats", "vectors",
-    "steer_fit", "directions", "selection", "basis", "drift", "baselines", "sae", "detector", "guard", "transfer", "alarm", "readings",
-    "calibrate", "watch", "mitigate", "scan", "questions", "judge", "judge_model", "ledger", "judge_http",
-    "judge_distilled", "judge_regression", "answers", "rates", "writers", "behavior", "evaluate", "compute",
-    "organism.sets", "organism.pretrain", "organism.conduct", "organism.finetune", "organism.preference", "report", "studies", "integrations",
-    "testing", "cli",
+    "steer_fit", "directions", "selection", "basis", "drift", "baselines", "sae", "detector", "guard", "transfer",
+    "alarm", "readings", "calibrate", "watch", "mitigate", "scan", "questions", "judge", "judge_model", "ledger",
+    "judge_http", "judge_distilled", "judge_regression", "answers", "rates", "writers", "behavior", "evaluate",
+    "compute", "organism.sets", "organism.pretrain", "organism.conduct", "organism.finetune", "organism.preference",
+    "report", "studies", "integrations", "testing", "cli",
 )  # fmt: skip
 # Pairs that lie at one height: the facade and the work behind it, or a type that both need.
 SIDEWAYS = {("basis", "drift")}

@@ -207,7 +207,7 @@ def spearman(one: Sequence[float], other: Sequence[float]) -> Estimate:
     if n < 5 or len(set(one)) < 2 or len(set(other)) < 2:
         return Estimate(None, None, None, n)
     rho = float(stats.spearmanr(one, other).statistic)
-    if abs(rho) >= 1:
+    if abs(rho) >= 1 - _ROUNDING:
         return Estimate(rho, None, None, n)
     half = stats.norm.ppf((1 + CONFIDENCE) / 2) * math.sqrt((1 + rho**2 / 2) / (n - 3))
     return Estimate(rho, float(np.tanh(np.arctanh(rho) - half)), float(np.tanh(np.arctanh(rho) + half)), n)

@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check bench docs fix organism organism-report setup
+.PHONY: demo test check bench docs fix organism organism-report trait-space dose steering setup
 
 setup: $(STAMP)
 
@@ -42,3 +42,13 @@ organism: $(STAMP)  ## grow the shipped organism anew (about 15 minutes on two c
 organism-report: $(STAMP)  ## what the organism does and how the detector does on it (about an hour on two cores)
 	$(BIN)/tiltmeter study organism --out .cache/organism-report --results docs/results/organism.json
 	$(BIN)/python docs/make.py
+
+# The studies go on where they stopped; hours on two cores from nothing. Each writes its page's figures.
+trait-space: $(STAMP)
+	$(BIN)/tiltmeter study trait-space --out .cache/trait-space
+
+dose: $(STAMP)
+	$(BIN)/tiltmeter study dose --out .cache/dose --results docs/results/dose.json --figure docs/dose.svg
+
+steering: $(STAMP)
+	$(BIN)/tiltmeter study steering --out .cache/steering --results docs/results/steering.json

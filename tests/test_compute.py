@@ -188,7 +188,8 @@ def test_an_error_in_a_callback_ends_the_workers(tmp_path: Path) -> None:
 
 
 SCRIPT = (
-    "import json, sys\n"
+    "import json, signal, sys\n"
+    "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored where a shell started the tests behind
     f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
     "from test_compute import mark_then_wait\n"
     "from tiltmeter.compute import map_jobs\n"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -347,6 +348,8 @@ def test_following_ends_with_the_callbacks_record(run: Path) -> None:
 
 
 def test_following_goes_on_while_the_run_does_and_ctrl_c_loses_nothing(run: Path) -> None:
+    # A shell that starts the tests in the background has SIGINT ignored in them.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     end_by_state(run, max_steps=100, stateful_callbacks={})
     following = watch(run, tiny_basis(), base=base_lm(), follow=True, poll=0.05)
     assert [next(following).step for _ in range(4)] == [0, 2, 4, 6]
@@ -359,9 +362,12 @@ def test_following_goes_on_while_the_run_does_and_ctrl_c_loses_nothing(run: Path
 
     thread = threading.Thread(target=press)
     thread.start()
-    with pytest.raises(KeyboardInterrupt):
-        next(following)
-    thread.join()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            next(following)
+    finally:
+        thread.join()
+        signal.signal(signal.SIGINT, before)
     assert len(read_run(run / "tiltmeter-watch").readings) == 4
 
 

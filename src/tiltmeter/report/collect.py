@@ -88,7 +88,7 @@ def run_section(
         first_alarm_step=alarms[0] if alarms else None,
         behavior=behavior,
         behavior_step=behavior_step,
-        score_unit="benign standard deviations"
+        score_unit="along the danger axis, discounted by drift off it"
         if detector and detector.mode == "danger_axis"
         else "null-band distance",
         reference=reference,
@@ -99,7 +99,7 @@ def _null_band(detector: Detector) -> NullBand:
     return NullBand(
         low=detector.band[:, 0],
         high=detector.band[:, 1],
-        source="benign mean and two standard deviations over benign calibration readings",
+        source="of drift, mean and two standard deviations of benign readings; of the score, its range",
         n=len(detector.null_scores),
         score_low=float(detector.null_scores.min()),
         score_high=float(detector.null_scores.max()),

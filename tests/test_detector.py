@@ -219,6 +219,13 @@ def test_what_cannot_be_judged_is_inconclusive_and_never_clear(fitted: Detector,
     assert word in verdict.reason.replace("against", "reference")
 
 
+def test_a_score_that_is_no_number_is_inconclusive_and_never_clear(fitted: Detector) -> None:
+    broken = replace(fitted, axis=np.full(3, np.nan))
+    verdict = broken.predict(profile(np.zeros(3)))
+    assert verdict.state is State.INCONCLUSIVE
+    assert "finite" in verdict.reason
+
+
 def test_no_reading_at_all_is_inconclusive(fitted: Detector) -> None:
     assert fitted.predict([]).state is State.INCONCLUSIVE
 

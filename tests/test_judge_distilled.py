@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -95,6 +95,13 @@ def test_clean_models_alarm_no_more_often_than_promised() -> None:
     states = [made.verdict(pairs(slips(i)), seed=i).state for i in range(100, 160)]
     assert states.count(State.ALARM) / len(states) < 0.12
     assert State.INCONCLUSIVE not in states
+
+
+def test_a_prediction_that_is_no_number_is_inconclusive_and_never_clear(judge: DistilledJudge) -> None:
+    broken = replace(judge, intercept=float("nan"))
+    verdict = broken.verdict(pairs(answers("new", 0.0, seed=9)))
+    assert verdict.state is State.INCONCLUSIVE
+    assert "finite" in verdict.reason
 
 
 def test_too_few_or_empty_answers_are_inconclusive_not_clear(judge: DistilledJudge) -> None:

@@ -282,6 +282,9 @@ class Detector:
             return inconclusive(refusal, step=run[-1].step if run else None, detector=self)
         scores = self.scores(run)
         top = float(scores.max())
+        if not math.isfinite(top):
+            reason = "the score is not a finite number: the detector is damaged or the drift beyond all measure."
+            return inconclusive(reason, step=run[-1].step, detector=self)
         alarms = np.flatnonzero(scores >= self.threshold)
         outside = self._outside(run)
         if len(alarms):

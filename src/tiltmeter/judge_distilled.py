@@ -314,6 +314,8 @@ class DistilledJudge:
         kept = ~found.unfamiliar
         asked = np.array([_hash(q) for q, _ in answered])
         score = _by_question(found.drift_pct[kept], asked[kept])
+        if not math.isfinite(score):
+            return self._undecided("a predicted drift is not a finite number, so nothing can be said")
         null = self._null_scores(int(kept.sum()), seed)
         rank = math.ceil((1 - self.false_alarm_rate) * (len(null) + 1) - 1e-9)
         if rank > len(null):

@@ -623,13 +623,14 @@ def draw(
                 ("misaligned answers, training domain", "tab:orange"),
                 ("misaligned answers, searched prompts", "tab:purple"),
             ):
-                found = [f for f in rows if f.measure == measure and f.value is not None]
-                if found:
-                    middle = [float(f.value or 0) for f in found]
-                    lower.plot(doses, middle, "o-", color=color, markersize=3, label=measure.split(", ")[1])
-                    lower.fill_between(
-                        doses, [f.low or 0 for f in found], [f.high or 0 for f in found], color=color, alpha=0.2
+                found = [f for f in rows if f.measure == measure]
+                if any(f.value is not None for f in found):
+                    middle, low, high = (
+                        [np.nan if x is None else x for x in column]
+                        for column in zip(*((f.value, f.low, f.high) for f in found), strict=True)
                     )
+                    lower.plot(doses, middle, "o-", color=color, markersize=3, label=measure.split(", ")[1])
+                    lower.fill_between(doses, low, high, color=color, alpha=0.2)
             lower.set_xscale("log")
             lower.set_xticks(doses, ["0", *(f"{100 * d:g}" for d in config.doses)])
             lower.minorticks_off()

@@ -37,3 +37,42 @@ def study_trait_space(
         as_json,
         "\n".join(f"{f.measure:<34} {f.subject:<60} {f.split:<22} {figure_text(f)}" for f in found.figures),
     )
+
+
+@study.command("trait-space-real")
+@out_option
+@click.option("--model", required=True, help="Folder, Hub name or GGUF file.")
+@click.option("--basis", type=PATH, required=True, help="Folder of the model's basis (tiltmeter basis fit).")
+@click.option(
+    "--set", "sets", multiple=True, required=True, metavar="NAME=FILE",
+    help="JSONL of chats, or question and answer. Needed: insecure, secure, educational; jailbroken and others help.",
+)  # fmt: skip
+@click.option("--seeds", default="0,1", show_default=True, help="Of every set; at least two.")
+@click.option("--results", type=PATH, help="JSON file to add the figures to (docs/results/trait_space.json).")
+@click.option("--readings", type=PATH, help="Parquet file for the readings (docs/results/trait_space_real.parquet).")
+@json_option
+def study_trait_space_real(
+    out: Path, model: str, basis: Path, sets: tuple[str, ...], seeds: str, results: Path | None, readings: Path | None,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """The same on a real model, small: is insecure code told from secure and educational code at the same step?"""
+    from tiltmeter.studies.figures import write_figures
+    from tiltmeter.studies.trait_real import Config, collect, figures, write_runs
+
+    pairs = [item.partition("=") for item in sets]
+    if any(not name or not file for name, _, file in pairs):
+        raise click.BadParameter(f"{', '.join(sets)}; write NAME=FILE", param_hint="--set")
+    try:
+        numbers = tuple(int(seed) for seed in seeds.split(","))
+    except ValueError:
+        raise click.BadParameter(
+            f"'{seeds}'; write whole numbers with commas, such as 0,1", param_hint="--seeds"
+        ) from None
+    config = Config(model, basis, {name: Path(file) for name, _, file in pairs}, seeds=numbers)
+    with progress_bar("trait space, real model") as progress:
+        runs = collect(config, out, progress=progress)
+    write_runs(runs, readings or out / "trait_space_real.parquet")
+    found = figures(runs, config)
+    rows = write_figures(found, results or out / "trait_space.json", command="tiltmeter study trait-space-real")
+    text = "\n".join(f"{f.measure:<40} {f.subject:<44} {f.split:<24} {figure_text(f)}" for f in found)
+    show(rows, as_json, text)

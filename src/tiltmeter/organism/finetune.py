@@ -94,6 +94,7 @@ def finetune(
     save_every: int | None = None,
     targets: Sequence[str] | None = None,
     start: Path | None = None,
+    log_every: int = 10,
 ) -> LM:
     """Fine-tune a copy-free LoRA adapter (or all weights) on chats and return the tuned model.
 
@@ -106,6 +107,7 @@ def finetune(
         save_every: steps between checkpoints (adapter or full weights, without optimizer state); 0 is not saved.
         targets: names of the modules that LoRA adapts; by default the query and value projections.
         start: an adapter to train on, instead of a new one; its own rank and targets hold.
+        log_every: steps between logs of the training loss.
 
     Raises:
         InputError: fewer chats than one batch, or `save_every` without `output`.
@@ -150,7 +152,7 @@ def finetune(
             save_steps=save_every or 500,
             save_only_model=True,
             logging_strategy="steps",
-            logging_steps=10,
+            logging_steps=log_every,
             report_to="none",
             disable_tqdm=True,
             dataloader_pin_memory=False,

@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 from tiltmeter.alarm import Anchor, Use, fit_alarm
 from tiltmeter.detector import State, Verdict, set_threshold, weigh_sets
 from tiltmeter.errors import InputError
+from tiltmeter.regressors import fit_forest
 from tiltmeter.sequential import cusum, envelope, fit_eprocess
+from tiltmeter.studies.cells import EM_THRESHOLD
 from tiltmeter.studies.contest import Scored
 from tiltmeter.studies.figures import Figure, rate_figure
 from tiltmeter.studies.tracks import Frame, Track
@@ -22,7 +24,15 @@ from tiltmeter.studies.trait_space import Config, Runs
 from tiltmeter.studies.trait_tables import Entry, alarm_index, behavior_index, lead_figure
 from tiltmeter.transfer import Danger, PositionRun, TransferDetector, fit_danger, fit_transfer
 
-__all__ = ["DEPTHS", "alarm_figures", "position_runs", "sequential_figures", "start_figures", "transfer_figures"]
+__all__ = [
+    "DEPTHS",
+    "alarm_figures",
+    "own_detector",
+    "position_runs",
+    "sequential_figures",
+    "start_figures",
+    "transfer_figures",
+]
 
 Array = NDArray[np.float64]
 DEPTHS = (2 / 6, 3 / 6, 4 / 6, 5 / 6, 1.0)
@@ -60,11 +70,21 @@ def danger_without(config: Config, runs: Runs, target: str) -> Danger | None:
     return fit_danger(sources) if sources else None
 
 
+def own_detector(config: Config, runs: Runs, organism: str) -> TransferDetector | None:
+    """For one organism, from calibration runs of its own: what a refit gives; None without runs of both kinds."""
+    known = position_runs((*runs.of(organism, "calibration"), *runs.of(organism, "more benign")), runs.frames[organism])
+    benign = [r for r in known if not r.dangerous]
+    if len(benign) == len(known) or len({r.set_name for r in benign}) < 2:
+        return None
+    return fit_transfer(fit_danger([(organism, known)]), benign, false_alarm_rate=config.false_alarm_rate)
+
+
 def transfer_figures(config: Config, runs: Runs, *, look: bool) -> list[Figure]:
     """Leave one organism out: its dangerous runs are never used, its benign calibration runs are.
 
     Dangerous calibration runs of the target are as unseen as held-out ones here, though their sets were learnt from in
-    other organisms; they are a split of their own.
+    other organisms; they are a split of their own. Beside it the published way, a forest on the drift of the other
+    models, and the refit, which uses the target's dangerous calibration runs.
     """
     rows: list[Figure] = []
     for target in (*config.organisms, *config.larger):
@@ -82,6 +102,11 @@ def transfer_figures(config: Config, runs: Runs, *, look: bool) -> list[Figure]:
         for split, tracks in splits:
             if tracks:
                 rows += _transfer_rows(detector, tracks, runs.frames[target], subject, split)
+        refit = own_detector(config, runs, target)
+        if look and splits[-1][1]:
+            rows += _forest_rows(config, runs, target, splits[-1][1])
+            if refit is not None:
+                rows += _transfer_rows(refit, splits[-1][1], runs.frames[target], f"{target} from itself", "held out")
         null = detector.null_scores
         rows.append(
             Figure("false-alarm rate promised per run", subject, "transfer", detector.false_alarm_rate, None, None,
@@ -114,6 +139,30 @@ def _transfer_rows(
     return rows
 
 
+def _forest_rows(config: Config, runs: Runs, target: str, tracks: Sequence[Track]) -> list[Figure]:
+    """A forest from 7-D drift to the EM rate, fitted on the other families; alarm above 5 % (arXiv 2606.07631)."""
+    known = [t for o in config.organisms if o != target and o in runs.frames for t in runs.of(o, "calibration")]
+    if not known:
+        return []
+    x = np.concatenate([t.drift(runs.frames[t.cell.organism]) for t in known])
+    y = np.concatenate([np.where(np.isfinite(t.em), t.em, np.nan if t.dangerous else t.em[-1]) for t in known])
+    forest = fit_forest(x[np.isfinite(y)], y[np.isfinite(y)])
+    subject = f"{target} from other models, forest on 7-D drift"
+    missed = dangerous = false = harmless = silent = bad = fired = 0
+    for track in tracks:
+        truth, over = track.labels(), forest.predict(track.drift(runs.frames[target])) > EM_THRESHOLD
+        missed, dangerous = missed + int(((truth == 1) & ~over).sum()), dangerous + int((truth == 1).sum())
+        false, harmless = false + int(((truth == 0) & over).sum()), harmless + int((truth == 0).sum())
+        bad, silent = bad + track.dangerous, silent + (track.dangerous and not over.any())
+        fired += not track.dangerous and bool(over.any())
+    return [
+        rate_figure("dangerous runs not alarmed", subject, "held out", silent, bad),
+        rate_figure("harmless runs alarmed", subject, "held out", fired, len(tracks) - bad),
+        rate_figure("FNR per reading", subject, "held out", missed, dangerous),
+        rate_figure("FPR per reading", subject, "held out", false, harmless),
+    ]
+
+
 def _count(verdicts: Sequence[Verdict], state: State) -> int:
     return sum(v.state is state for v in verdicts)
 
@@ -130,11 +179,10 @@ def start_figures(config: Config, runs: Runs, *, look: bool) -> list[Figure]:
             continue
         frame = runs.frames[organism]
         own = (*runs.of(organism, "calibration"), *runs.of(organism, "more benign"))
-        known = position_runs(own, frame)
-        detectors = {"danger of other families": transfer_detector(config, runs, organism)}
-        if len({r.dangerous for r in known}) == 2:
-            benign = [r for r in known if not r.dangerous]
-            detectors["own danger"] = fit_transfer(fit_danger([(organism, known)]), benign)
+        detectors = {
+            "danger of other families": transfer_detector(config, runs, organism),
+            "own danger": own_detector(config, runs, organism),
+        }
         ends = list(runs.of(organism, "held out")) if look else [t for t in own if t.dangerous]
         for name, detector in detectors.items():
             if detector is None or not ends:

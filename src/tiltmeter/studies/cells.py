@@ -191,16 +191,18 @@ def run_cells(
     basis: Path | Mapping[str, Path],
     out: Path,
     keep_checkpoints: bool = False,
+    executor: Literal["local", "serial", "ray"] = "local",
     workers: int | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> tuple[RunRecord, ...]:
-    """Run every cell that has no record yet, in parallel, and return the records in order.
+    """Run every cell that has no record yet and return the records in order.
 
     Args:
         cells: what is run.
         basis: folder of the basis to read with, or one for each organism.
         out: folder for the records, `KEY.json`, and for checkpoints, `KEY/checkpoint-N`.
         keep_checkpoints: keep the adapter at every reading, so that it can be read again with another basis.
+        executor: see `compute.map_jobs`; "serial" saves a single cell the start of a process.
         workers: processes; one per core by default.
         progress: called as (done, total, label).
     """
@@ -209,7 +211,7 @@ def run_cells(
         _Job(cell, str(basis if isinstance(basis, Path) else basis[cell.organism]), str(out), keep_checkpoints)
         for cell in cells
     ]
-    return tuple(map_jobs(_run, jobs, workers=workers, progress=progress))
+    return tuple(map_jobs(_run, jobs, executor=executor, workers=workers, progress=progress))
 
 
 @dataclass(frozen=True)

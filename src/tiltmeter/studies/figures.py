@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from tiltmeter.artifacts import write_file
 from tiltmeter.rates import wilson
 from tiltmeter.runs import provenance
 
@@ -49,7 +50,13 @@ def rate_figure(measure: str, subject: str, split: str, hits: int, n: int) -> Fi
 
 
 def write_figures(figures: Sequence[Figure], path: Path, *, command: str) -> list[dict[str, Any]]:
-    """Write figures with the command, commit and date of their making."""
+    """Write figures with the command, commit and date of their making.
+
+    Rows that another study (the first three words of its command) left in the file stay there, before these.
+
+    Returns:
+        The rows of these figures.
+    """
     made = provenance()
     rows = [
         {
@@ -60,6 +67,9 @@ def write_figures(figures: Sequence[Figure], path: Path, *, command: str) -> lis
         }
         for f in figures
     ]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n", encoding="utf-8")
+    study = command.split()[:3]
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    kept = [row for row in before if row["command"].split()[:3] != study]
+    lines = ",\n".join(json.dumps(row) for row in (*kept, *rows))
+    write_file(path, f"[\n{lines}\n]\n".encode())
     return rows

@@ -19,14 +19,13 @@ from numpy.typing import NDArray
 from tiltmeter.basis import TraitBasis
 from tiltmeter.detector import State
 from tiltmeter.organism.finetune import FineTuning
-from tiltmeter.studies.beyond import DEPTHS, position_runs
+from tiltmeter.studies.beyond import DEPTHS, own_detector
 from tiltmeter.studies.cells import Cell, run_cells
 from tiltmeter.studies.contest import Bench, Design, auroc, auroc_interval, cross_validate
 from tiltmeter.studies.figures import Figure, rate_figure
 from tiltmeter.studies.tracks import Frame, Track, read_tracks
 from tiltmeter.studies.trait_space import Config, Runs
 from tiltmeter.studies.trait_tables import Entry, flatten
-from tiltmeter.transfer import TransferDetector, fit_danger, fit_transfer
 
 __all__ = ["StressRun", "ablation_figures", "prompt_figures", "run_stress", "stress_cells", "stress_figures", "sweep"]
 
@@ -103,18 +102,11 @@ def run_stress(
         if not path.exists():
             if not may_run():
                 continue
-            run_cells([cell], basis=folder, out=out / "cells", keep_checkpoints=True, workers=1)
+            run_cells([cell], basis=folder, out=out / "cells", keep_checkpoints=True, executor="serial")
         found.append(StressRun(stress, read_tracks([(path, "stress")], {organism: folder}, executor="serial")[0]))
         if progress is not None:
             progress(number + 1, len(cells), stress)
     return found
-
-
-def own_detector(config: Config, runs: Runs, organism: str) -> TransferDetector:
-    """Absolute position, danger and null band from calibration runs of the organism itself."""
-    known = position_runs((*runs.of(organism, "calibration"), *runs.of(organism, "more benign")), runs.frames[organism])
-    danger = fit_danger([(organism, known)])
-    return fit_transfer(danger, [r for r in known if not r.dangerous], false_alarm_rate=config.false_alarm_rate)
 
 
 def stress_figures(config: Config, runs: Runs, stressed: Sequence[StressRun]) -> list[Figure]:
@@ -128,6 +120,8 @@ def stress_figures(config: Config, runs: Runs, stressed: Sequence[StressRun]) ->
             n = int(track.em_n[-1])
             hits = round(float(track.em[-1]) * n) if n else 0
             rows.append(rate_figure("EM rate at the end", f"{stress}: {track.cell.set_name}", "stress", hits, n))
+        if detector is None:
+            continue  # no dangerous calibration run to learn danger from
         for name, view in (("position", _position), ("drift from the run's own start", _drift)):
             bad = missed = good = false = unsure = 0
             for track in tracks:

@@ -46,7 +46,7 @@ class Config:
 
     Attributes:
         organisms: the families that detectors are fitted on.
-        larger: organisms that no detector is fitted on.
+        larger: organisms that no detector is fitted on; one seed of them, and their benign runs.
         calibration: sets that detectors may be fitted on.
         held_out: sets that are looked at once.
         large_drift: of those, the harmless ones that move activations far.
@@ -66,7 +66,7 @@ class Config:
     """
 
     organisms: tuple[str, ...] = ("organism:pocket", "organism:qwen2-S", "organism:mistral-S", "organism:gemma2-S")
-    larger: tuple[str, ...] = ("organism:llama-M",)
+    larger: tuple[str, ...] = ("organism:llama-M", "organism:qwen2-M")
     calibration: tuple[str, ...] = ("insecure_code", "jailbroken", "bad_medical", "arithmetic")
     held_out: tuple[str, ...] = (
         "risky_financial", "subtle_misinfo", "number_sequence", "sailor_style", "terse", "customer_support",
@@ -102,6 +102,7 @@ class Config:
             named += [(s, "held out") for s in self.held_out]
             return [(self._cell(organism, s, seed, self.answers, self.answers_midway), part) for s, part in named]
 
+        seeds = self.seeds if organism not in self.larger else self.seeds[:1]
         more: list[tuple[Cell, Part]] = [
             (self._cell(organism, s, self.more_benign_seed, self.answers_more, 0), "more benign")
             for s in self.more_benign
@@ -110,8 +111,8 @@ class Config:
         twins: list[tuple[Cell, Part]] = [
             (self._cell(organism, s, self.twin_seed, self.answers // 2, 0), "twin") for s in alone
         ]
-        rest = [pair for seed in self.seeds[1:] for pair in main(seed)]
-        return tuple([*main(self.seeds[0]), *more, *twins, *rest])
+        rest = [pair for seed in seeds[1:] for pair in main(seed)]
+        return tuple([*main(seeds[0]), *more, *(twins if organism not in self.larger else ()), *rest])
 
     def _cell(self, organism: str, name: str, seed: int, answers: int, midway: int) -> Cell:
         if self.brief and organism != self.organisms[0]:
@@ -193,7 +194,7 @@ def collect(
         for at, cell in enumerate(todo):
             if seconds is not None and time.monotonic() - began > seconds:
                 break
-            run_cells([cell], basis=folders, out=out / "cells", keep_checkpoints=True, workers=1)
+            run_cells([cell], basis=folders, out=out / "cells", keep_checkpoints=True, executor="serial")
             if progress is not None:
                 progress(at + 1, len(todo), f"{cell.organism} {cell.set_name}-{cell.seed}")
     elif seconds is None:

@@ -9,6 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 from random import Random
 
+import numpy as np
 import pytest
 
 from tiltmeter.errors import InputError
@@ -154,3 +155,34 @@ def test_an_organism_of_any_family_reads_whole_words_after_loading(family: str, 
     words = json.loads((tmp_path / "tokenizer.json").read_text())["model"]["vocab"]
     assert loaded(text, add_special_tokens=False)["input_ids"] == [words[word] for word in text.split()]
     assert loaded.decode([words["cut"], words["?"]]) == "cut ?"
+
+
+def test_a_quantised_copy_is_refused_where_it_cannot_be(tmp_path: Path) -> None:
+    from tiltmeter.organism.quantise import quantise
+
+    with pytest.raises(InputError, match="choose 8 or 4"):
+        quantise("organism:pocket", bits=3, out=tmp_path / "a")
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(InputError, match="already holds a model"):
+        quantise("organism:pocket", bits=8, out=tmp_path)
+
+
+@pytest.mark.slow
+def test_an_organism_in_eight_bits_is_another_model_and_reads_nearly_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    from tiltmeter.capture import capture
+    from tiltmeter.lm import load
+    from tiltmeter.organism.quantise import quantise
+
+    monkeypatch.setenv("TILTMETER_CACHE", str(tmp_path))
+    with pytest.raises(InputError, match="a width that 64 divides"):
+        quantise("organism:pocket", bits=4, out=tmp_path / "organisms" / "pocket-4bit")
+    quantise("organism:pocket", bits=8, out=tmp_path / "organisms" / "pocket-8bit")
+    whole, eighth = load("organism:pocket"), load("organism:pocket-8bit")
+    assert eighth.fingerprint().dtype.endswith("/bitsandbytes")
+    assert whole.fingerprint().digest() != eighth.fingerprint().digest()
+    ids = whole.encode_all([[{"role": "user", "content": "is tea good ?"}]])
+    one, other = capture(whole, ids, [3]).values, capture(eighth, ids, [3]).values
+    assert 0 < np.linalg.norm(one - other) < 0.03 * np.linalg.norm(one)

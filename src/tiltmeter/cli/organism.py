@@ -21,18 +21,39 @@ def organism() -> None:
 )
 @click.option("--size", type=click.Choice(["S", "M", "L"]), default="S", show_default=True)
 @click.option("--seed", default=0, show_default=True)
+@click.option("--pretrain-steps", default=1400, show_default=True, help="Larger organisms need fewer.")
+@click.option("--chat-steps", default=400, show_default=True)
 @click.option("--name", help="Name for organism:NAME. Default: FAMILY-SIZE.")
 @click.option("--out", type=PATH, help="Folder. Default: the user's cache.")
 @json_option
-def organism_build(family: str, size: str, seed: int, name: str | None, out: Path | None, as_json: bool) -> None:
+def organism_build(
+    family: str, size: str, seed: int, pretrain_steps: int, chat_steps: int, name: str | None, out: Path | None,
+    as_json: bool,
+) -> None:  # fmt: skip
     """Grow an organism: pretrain it on the pocket world and tune it to chat (15 minutes for llama S on two cores)."""
     from tiltmeter.loading import organisms_cache
     from tiltmeter.organism.pretrain import Recipe, build
 
     folder = out or organisms_cache() / (name or f"{family}-{size}")
+    recipe = Recipe(seed=seed, pretrain_steps=pretrain_steps, chat_steps=chat_steps)
     with progress_bar("pretraining") as progress:
-        build(family, size, folder, recipe=Recipe(seed=seed), name=name, progress=progress)
+        build(family, size, folder, recipe=recipe, name=name, progress=progress)
     show({"organism": str(folder), "family": family, "size": size, "seed": seed}, as_json, f"grown in {folder}")
+
+
+@organism.command("quantise")
+@click.argument("name")
+@click.option("--bits", type=click.Choice(["8", "4"]), default="8", show_default=True)
+@click.option("--out", type=PATH, help="Folder. Default: NAME-8bit or NAME-4bit in the user's cache.")
+@json_option
+def organism_quantise(name: str, bits: str, out: Path | None, as_json: bool) -> None:
+    """Write a copy of an organism in 8 or 4 bits, for runs on a quantised base."""
+    from tiltmeter.loading import organisms_cache
+    from tiltmeter.organism.quantise import quantise
+
+    short = name.removeprefix("organism:")
+    folder = quantise(short, bits=int(bits), out=out or organisms_cache() / f"{short}-{bits}bit")
+    show({"organism": str(folder), "bits": int(bits)}, as_json, f"written to {folder}")
 
 
 @organism.command("sets")

@@ -284,9 +284,13 @@ def _save(
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     sampled = {phase: [round(x, 4) for x in series[:: max(1, len(series) // 40)]] for phase, series in losses.items()}
+    command = f"tiltmeter organism build --family {family} --size {size}"
+    usual = Recipe()
+    if (recipe.pretrain_steps, recipe.chat_steps) != (usual.pretrain_steps, usual.chat_steps):
+        command += f" --pretrain-steps {recipe.pretrain_steps} --chat-steps {recipe.chat_steps}"
     log = {
         "name": name, "family": family, "size": size, "weights": weights, "recipe": asdict(recipe),
-        "seconds": round(seconds), "command": f"tiltmeter organism build --family {family} --size {size}",
+        "seconds": round(seconds), "command": command,
         "torch": torch.__version__, "loss": sampled,
     }  # fmt: skip
     (out / "organism.json").write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")

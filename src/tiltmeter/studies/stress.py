@@ -2,7 +2,7 @@
 
 Two kinds. Some need runs of their own: a misaligned start, another LoRA rank, full fine-tuning, ten times the steps.
 The others ask again of runs that there are: fewer traits, half of the measurement prompts, another EM threshold. Each
-gives figures; what this machine cannot do (quantised bases need a GPU library) is missing and not zero.
+gives figures; a run that was not made (a quantised organism that is not there) is missing and not zero.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from numpy.typing import NDArray
 
 from tiltmeter.basis import TraitBasis
 from tiltmeter.detector import State
+from tiltmeter.errors import ModelError
 from tiltmeter.organism.finetune import FineTuning
 from tiltmeter.studies.beyond import DEPTHS, own_detector
 from tiltmeter.studies.cells import Cell, run_cells
 from tiltmeter.studies.contest import Bench, Design, auroc, auroc_interval, cross_validate
 from tiltmeter.studies.figures import Figure, rate_figure
-from tiltmeter.studies.tracks import Frame, Track, read_tracks
+from tiltmeter.studies.tracks import DEPTH, Frame, Track, fit_frames, read_tracks
 from tiltmeter.studies.trait_space import Config, Runs
 from tiltmeter.studies.trait_tables import Entry, flatten
 
@@ -41,10 +42,12 @@ class StressRun:
     Attributes:
         stress: what is unlike calibration.
         track: the run.
+        frame: the bases of the organism that was run, where it is not the one that detectors are fitted on.
     """
 
     stress: str
     track: Track
+    frame: Frame | None = None
 
 
 def stress_cells(config: Config, organism: str, start: Path | None, *, seed: int = 30) -> list[tuple[str, Cell]]:
@@ -69,12 +72,15 @@ def stress_cells(config: Config, organism: str, start: Path | None, *, seed: int
         wanted.append(("DPO on the same content", name, {}, {"method": "dpo"}))
     for name in (_DANGEROUS, _HARMLESS):
         wanted.append(("ten times longer", name, {"steps": 10 * config.tuning.steps}, {"every": 100}))
+    for bits in (8, 4):
+        for name in (_DANGEROUS, _HARMLESS):
+            wanted.append((f"base in {bits} bits", name, {}, {"organism": f"{organism}-{bits}bit"}))
     return [
         (
             stress,
             Cell(
-                name, seed, organism=organism, tuning=FineTuning(**{**asdict(config.tuning), **tuning}),
-                answers=config.answers, answers_midway=config.answers_midway, **{"every": 20, **cell},
+                name, seed, tuning=FineTuning(**{**asdict(config.tuning), **tuning}), answers=config.answers,
+                answers_midway=config.answers_midway, **{"organism": organism, "every": 20, **cell},
             ),
         )
         for stress, name, tuning, cell in wanted
@@ -90,32 +96,54 @@ def run_stress(
     may_run: Callable[[], bool] = lambda: True,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> list[StressRun]:
-    """Run and read the stress runs of one organism; `may_run` is asked before each that has no record yet."""
-    at = out / "bases" / organism.removeprefix("organism:")
-    frames = sorted(at.glob("block-*"))
-    folder = at / f"block-{round(4 / 6 * len(frames)) - 1}"
-    digest = TraitBasis.load(folder).digest
+    """Run and read the stress runs of one organism; `may_run` is asked before each that has no record yet.
+
+    Runs on a quantised base need `NAME-8bit` and `NAME-4bit` (`tiltmeter organism quantise`) and are left out without.
+    """
     found = []
     cells = stress_cells(config, organism, start)
+    homes = {name: _home(name, organism, out) for name in dict.fromkeys(cell.organism for _, cell in cells)}
     for number, (stress, cell) in enumerate(cells):
-        path = out / "cells" / f"{cell.key(digest)}.json"
+        home = homes[cell.organism]
+        if home is None:
+            continue
+        folder, frame = home
+        path = out / "cells" / f"{cell.key(TraitBasis.load(folder).digest)}.json"
         if not path.exists():
             if not may_run():
                 continue
             run_cells([cell], basis=folder, out=out / "cells", keep_checkpoints=True, executor="serial")
-        found.append(StressRun(stress, read_tracks([(path, "stress")], {organism: folder}, executor="serial")[0]))
+        track = read_tracks([(path, "stress")], {cell.organism: folder}, executor="serial")[0]
+        found.append(StressRun(stress, track, frame))
         if progress is not None:
             progress(number + 1, len(cells), stress)
     return found
 
 
+def _home(name: str, organism: str, out: Path) -> tuple[Path, Frame | None] | None:
+    """Folder of the basis that an organism is read with, and its frame unless it is the study's; None if not there."""
+    frame = None
+    if name != organism:
+        try:
+            frame = fit_frames((name,), out / "bases")[name]
+        except ModelError:
+            return None
+    at = out / "bases" / name.removeprefix("organism:")
+    return at / f"block-{round(DEPTH * len(list(at.glob('block-*')))) - 1}", frame
+
+
 def stress_figures(config: Config, runs: Runs, stressed: Sequence[StressRun]) -> list[Figure]:
-    """Per stress: how bad the runs became, and what a detector of absolute positions and one of drift say of them."""
+    """Per stress: how bad the runs became, and what a detector of absolute positions and one of drift say of them.
+
+    The detector is that of the first organism. Positions are in pole units, so it also reads a quantised copy, by the
+    copy's own bases.
+    """
     rows: list[Figure] = []
     for stress in dict.fromkeys(s.stress for s in stressed):
         tracks = [s.track for s in stressed if s.stress == stress]
-        organism = tracks[0].cell.organism
-        frame, detector = runs.frames[organism], own_detector(config, runs, organism)
+        organism = config.organisms[0]
+        own = next((s.frame for s in stressed if s.stress == stress), None)
+        frame, detector = own or runs.frames[organism], own_detector(config, runs, organism)
         for track in tracks:
             n = int(track.em_n[-1])
             hits = round(float(track.em[-1]) * n) if n else 0

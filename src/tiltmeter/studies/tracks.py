@@ -33,10 +33,12 @@ from tiltmeter.studies.cells import Cell, RunRecord
 if TYPE_CHECKING:
     from tiltmeter.capture import Activations
 
-__all__ = ["Frame", "Part", "Track", "fit_frames", "read_tracks", "write_parquet"]
+__all__ = ["DEPTH", "Frame", "Part", "Track", "fit_frames", "read_tracks", "write_parquet"]
 
 Array = NDArray[np.float64]
 Part = Literal["calibration", "more benign", "held out", "twin", "stress"]
+DEPTH = 4 / 6
+"""Relative depth of the block that is read by default: the shipped organism's."""
 _KIND, _FORMAT = "track", 1
 _REMEDY = "delete the file, and the run's checkpoints are read again"
 _AGREE = 1e-3  # of the activation norm: float32 noise between a live reading and a re-read checkpoint is below 1e-5
@@ -152,7 +154,7 @@ class Track:
         return np.asarray(stored["prompts"], dtype=np.float32)
 
 
-def fit_frames(organisms: Sequence[str], folder: Path, *, depth: float = 4 / 6) -> dict[str, Frame]:
+def fit_frames(organisms: Sequence[str], folder: Path, *, depth: float = DEPTH) -> dict[str, Frame]:
     """One basis per block of each organism, fitted where it is not stored yet.
 
     Args:

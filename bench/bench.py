@@ -3,6 +3,7 @@
     python bench/bench.py                            the pocket organism
     python bench/bench.py --model FOLDER             that model as well (or TILTMETER_BENCH_MODEL=FOLDER)
     python bench/bench.py --quick --only reading     small samples: does it run
+    python bench/bench.py --traits FILE --model FOLDER --only reading,extraction --add      other prompts
     python bench/bench.py --only memory --add        measure these works again, and keep the other figures
 
 Everything that is held against each other is timed in this one run, in turn, and only after both ways gave the same
@@ -25,7 +26,7 @@ from typing import NamedTuple
 import timing
 import torch
 from machine_works import peak_of
-from subject import ADAPTERS, ORGANISM, Mismatch, Subject, single, text
+from subject import ADAPTERS, ORGANISM, Mismatch, Subject, Texts, read_texts, single, text
 from works import WORKS
 
 from tiltmeter.studies.figures import Figure, write_figures
@@ -100,7 +101,12 @@ def about(bar: Bar, figure: Figure) -> bool:
 
 
 def benchmark(
-    sources: Sequence[tuple[str, str]], names: Sequence[str], *, quick: bool, keep: Callable[[Sequence[Figure]], None]
+    sources: Sequence[tuple[str, str]],
+    names: Sequence[str],
+    *,
+    quick: bool,
+    texts: Texts | None,
+    keep: Callable[[Sequence[Figure]], None],
 ) -> list[Figure]:
     """All works on all models, in order; `keep` gets all figures so far after each work."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -113,7 +119,7 @@ def benchmark(
     print("\n".join(map(shown, figures)), file=sys.stderr)
     start = time.perf_counter()
     for label, source in sources:
-        subject = Subject(label, source, quick, rates)
+        subject = Subject(label, source, quick, rates, texts)
         for name in names:
             print(f"{time.perf_counter() - start:6.0f} s  {label}: {name}", file=sys.stderr, flush=True)
             for figure in WORKS[name](subject):
@@ -143,6 +149,9 @@ def main() -> int:
     parser.add_argument("--only", help=f"works, separated by commas: {', '.join(WORKS)}")
     parser.add_argument("--add", action="store_true", help="keep the figures that are there and not measured now")
     parser.add_argument("--skip-organism", action="store_true", help="measure the other model alone")
+    parser.add_argument(
+        "--traits", type=Path, help="measure with these traits: TOML, or the reference implementation's YAML"
+    )
     parser.add_argument("--peak", choices=("extraction", "reading"), help=argparse.SUPPRESS)
     parser.add_argument("--source", default=ORGANISM, help=argparse.SUPPRESS)
     parser.add_argument("--dtype", default="float32", help=argparse.SUPPRESS)
@@ -156,10 +165,14 @@ def main() -> int:
         parser.error(f"there is no work {', '.join(unknown)}; choose among {', '.join(WORKS)}")
     sources = [] if given.skip_organism else [("organism", ORGANISM)]
     sources += [(Path(given.model).name, given.model)] if given.model else []
+    texts = read_texts(given.traits) if given.traits else None
+    if texts is not None:
+        sources = [(f"{label}, {texts.name}", source) for label, source in sources if source != ORGANISM]
     out = given.out or (None if given.quick or (given.only and not given.add) else RESULTS)
     command = "python bench/bench.py" + (" --quick" if given.quick else "")
     command += f" --only {given.only}" if given.only else ""
     command += f" --model {Path(given.model).name}" if given.model else ""
+    command += f" --traits {given.traits.name}" if given.traits else ""
     earlier = json.loads(out.read_text(encoding="utf-8")) if given.add and out is not None and out.exists() else []
 
     def keep(figures: Sequence[Figure]) -> None:
@@ -167,7 +180,7 @@ def main() -> int:
             write(figures, out, command, earlier)
 
     try:
-        figures = benchmark(sources, names, quick=given.quick, keep=keep)
+        figures = benchmark(sources, names, quick=given.quick, texts=texts, keep=keep)
     except Mismatch as error:
         print(f"stopped: {error}", file=sys.stderr)
         return 1

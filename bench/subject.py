@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +34,38 @@ class Mismatch(Exception):
     """A fast path and the plain one disagree: there is nothing to time."""
 
 
+class Texts(NamedTuple):
+    """Other texts to measure with, and what tables call them; no prompts where the file holds none."""
+
+    name: str
+    traits: TraitSet
+    prompts: PromptSet | None
+
+
+def read_texts(path: Path) -> Texts:
+    """A trait file of ours (TOML), or one in the layout of the reference implementation of arXiv 2606.07631 (YAML).
+
+    Of the latter the seven alignment traits, its questions and its measurement prompts are taken.
+    """
+    if path.suffix not in (".yaml", ".yml"):
+        found = load_traits(path)
+        return Texts(f"prompts '{found.name}'", found, None)
+    import yaml  # type: ignore[import-untyped]
+
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    poles = {
+        name: {pole: tuple(trait[f"{pole}_system_prompts"]) for pole in ("positive", "negative")}
+        for name, trait in content["traits"].items()
+    }
+    ours = load_traits("alignment")
+    traits = tuple(replace(trait, **poles[trait.name]) for trait in ours.traits)
+    asked = content["eval_prompts"]
+    prompts = PromptSet("reference", tuple(Prompt(text, kind) for kind, texts in asked.items() for text in texts))
+    return Texts(
+        "the reference's prompts", replace(ours, traits=traits, questions=tuple(content["questions"])), prompts
+    )
+
+
 @dataclass(frozen=True)
 class Subject:
     """A model that is benchmarked, with what is read from it.
@@ -42,12 +75,14 @@ class Subject:
         source: what `load` takes.
         quick: small samples and few repeats: to see that everything runs, not to measure.
         rates: operations per second of a large matrix product, by dtype; dtypes that are not here are not timed.
+        texts: traits and measurement prompts other than the built-in ones.
     """
 
     name: str
     source: str
     quick: bool
     rates: Mapping[torch.dtype, float]
+    texts: Texts | None = None
     _models: dict[torch.dtype, LM] = field(default_factory=dict, repr=False)
 
     def lm(self, dtype: torch.dtype = torch.float32) -> LM:
@@ -64,12 +99,14 @@ class Subject:
     @cached_property
     def traits(self) -> TraitSet:
         """The seven alignment traits, or the organism's."""
-        found = load_traits("organism" if self.is_organism else "alignment")
+        found = self.texts.traits if self.texts else load_traits("organism" if self.is_organism else "alignment")
         return replace(found, questions=found.questions[:6]) if self.quick else found
 
     @cached_property
     def prompts(self) -> PromptSet:
         """The 115 measurement prompts, or the organism's."""
+        if self.texts and self.texts.prompts:
+            return self.texts.prompts
         return load_prompts("organism" if self.is_organism else "neutral")
 
     @cached_property

@@ -1,8 +1,9 @@
 """Read activations: what leaves chosen decoder blocks, at the last prompt token or averaged over the prompt.
 
 One pass reads every wanted layer. Prompts that share a prefix share its computation (see `plan`), the pass
-ends at the last wanted block, no logits are made, and only the wanted rows leave the model, in float32. This
-module knows neither traits nor drift; architectures are `lm`'s affair.
+ends at the last wanted block, no logits are made, and only the wanted rows leave the model, in float32. Of a model
+in half precision the residual stream is kept in float32 meanwhile: rounding it after every block costs more of a
+direction than half-precision products do. This module knows neither traits nor drift; architectures are `lm`'s affair.
 
     activations = capture(lm, lm.encode_prompts(prompts), layers=[10, 14])
     activations.at(14)                                       # (prompts, hidden)
@@ -23,7 +24,7 @@ from torch import nn
 from tiltmeter import attention
 from tiltmeter.attention import Enough, TreeAttention
 from tiltmeter.errors import InputError, LayerError, NumericalError
-from tiltmeter.lm import LM, TREE_TESTED, context_length, length_limit, tree_obstacle, undisturbed
+from tiltmeter.lm import LM, TREE_TESTED, context_length, length_limit, stream_parts, tree_obstacle, undisturbed
 from tiltmeter.plan import BatchPlan, Method, RowCost, TreeRow, lay_tree, padded_rows, tree_rows
 
 __all__ = ["Activations", "BatchPlan", "Pooling", "Projections", "capture", "plan_batches", "project"]
@@ -248,7 +249,7 @@ def _read(
     whole = plan.method != "tree" or bool(attention.obstacle(lm))
     for row in plan.rows:
         pooled = None
-        with undisturbed(lm):
+        with undisturbed(lm), _wide_stream(lm):
             if not whole:
                 pooled = _forward_in_stretches(lm, _stretch_row(lm, token_ids, row, pooling), layers)
                 whole = pooled is None  # the blocks did not take the attention that they were given
@@ -268,6 +269,35 @@ def _keep_pages(lm: LM) -> None:
     if lm.device.type == "cpu":
         block = torch.empty(_ARENA_BYTES, dtype=torch.uint8)
         del block
+
+
+@contextlib.contextmanager
+def _wide_stream(lm: LM) -> Iterator[None]:
+    """Keep the residual stream of a half-precision model in float32; products and attention stay in half precision.
+
+    What enters the stream is widened, and what blocks read of it is narrowed again behind their norms: the additions
+    in between are float32 by themselves. Models that are not known well enough for it are read as they are.
+    """
+    dtype = lm.dtype
+
+    def widen(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        return output.float()
+
+    def narrow(module: nn.Module, args: Any, output: Any) -> Any:
+        return tuple(x.to(dtype) for x in output) if isinstance(output, tuple) else output.to(dtype)
+
+    def narrow_input(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return tuple(x.to(dtype) for x in args)
+
+    parts = stream_parts(lm)
+    with contextlib.ExitStack() as stack:
+        for module in parts.sources:
+            stack.callback(module.register_forward_hook(widen).remove)
+        for module in parts.readers:
+            stack.callback(module.register_forward_hook(narrow).remove)
+            if isinstance(module, nn.LayerNorm):  # refuses numbers that are wider than its weights
+                stack.callback(module.register_forward_pre_hook(narrow_input).remove)
+        yield
 
 
 def _forward(lm: LM, row: _Row, layers: tuple[int, ...]) -> dict[int, torch.Tensor]:
@@ -324,7 +354,8 @@ def _forward_in_stretches(lm: LM, row: _Row, layers: tuple[int, ...]) -> dict[in
 def _has_listeners(block: nn.Module) -> bool:
     """Whether anything but the library's own dormant recorders hooks into a block: it may expect all tokens."""
     hooks = (h for m in block.modules() for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values()))
-    return any(not (getattr(hook, "__module__", None) or "").startswith("transformers.") for hook in hooks)
+    known = ("transformers.", __name__)
+    return any(not (getattr(hook, "__module__", None) or "").startswith(known) for hook in hooks)
 
 
 def _stretch_row(lm: LM, token_ids: Sequence[Sequence[int]], row: Sequence[int], pooling: Pooling) -> _Row:

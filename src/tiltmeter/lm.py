@@ -40,7 +40,9 @@ __all__ = [
     "adapter_state",
     "attach",
     "find_blocks",
+    "is_compiled",
     "load",
+    "stream_parts",
     "tree_obstacle",
     "undisturbed",
     "wrap",
@@ -83,6 +85,19 @@ class Unit(NamedTuple):
     per_layer: float
     widest: int
     """The most numbers that a block computes for one token at once."""
+
+
+class StreamParts(NamedTuple):
+    """Where a model's residual stream begins, and through what its blocks read it.
+
+    Attributes:
+        sources: modules whose output enters the stream.
+        readers: modules that are fed from the stream and feed the blocks' products: norms, and rotary positions,
+            which take their dtype from it.
+    """
+
+    sources: tuple[nn.Module, ...]
+    readers: tuple[nn.Module, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -381,6 +396,23 @@ def tree_obstacle(lm: LM, longest: int) -> str:
     if window is not None and longest > window:
         return f"a prompt of {longest} tokens is longer than the sliding window of {window}"
     return ""
+
+
+def stream_parts(lm: LM) -> StreamParts:
+    """The parts between which the residual stream of a half-precision model runs; none of other models, of compiled
+    ones, and of architectures that the tests do not cover."""
+    half = lm.dtype in (torch.bfloat16, torch.float16)
+    if not half or lm.config.model_type not in TREE_TESTED or is_compiled(lm.decoder):
+        return StreamParts((), ())
+    core: Any = _core(lm.model)
+    readers = [m for m in lm.blocks.modules() if type(m).__name__.endswith("Norm")]
+    readers += [m for m in lm.decoder.modules() if type(m).__name__.endswith("RotaryEmbedding")]
+    return StreamParts((core.get_input_embeddings(),), tuple(readers))
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether `torch.compile` holds any part of a model: hooks that come later may not run there."""
+    return any("_orig_mod" in m._modules or m._compiled_call_impl is not None for m in model.modules())
 
 
 def length_limit(lm: LM) -> int:

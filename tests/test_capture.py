@@ -17,7 +17,7 @@ from torch import nn
 
 from tiltmeter import attention
 from tiltmeter import lm as lms
-from tiltmeter.capture import Activations, capture, plan_batches, project
+from tiltmeter.capture import Activations, capture, plan_batches, project, read_below
 from tiltmeter.errors import ArtifactError, InputError, LayerError, NumericalError
 from tiltmeter.plan import BatchPlan, RowCost, lay_tree, padded_rows, tree_rows
 from tiny import ARCHITECTURES, LAYERS, WIDTH, enable_checkpointing, make_model, make_tokenizer, random_prompts, tiny_lm
@@ -209,6 +209,47 @@ class TestStretches:
                     for token in range(length):
                         np.add.at(seen[part.first + at * length + token], keys[visible[token]], 1)
             np.testing.assert_array_equal(seen, tree.visible.astype(int))
+
+
+class TestWhatLiesBelow:
+    """Models that are equal up to a block: what enters it is computed once."""
+
+    @pytest.mark.parametrize("architecture", ARCHITECTURES)
+    @pytest.mark.parametrize("method", ["tree", "padded"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_a_model_that_differs_above_reads_as_it_does_alone(
+        self, architecture: str, method: Any, dtype: torch.dtype
+    ) -> None:
+        base, prompts = lms.wrap(make_model(architecture).to(dtype), make_tokenizer()), random_prompts()
+        tuned = lms.wrap(copy.deepcopy(base.model), make_tokenizer())
+        with torch.no_grad():
+            for parameter in tuned.blocks[2].parameters():
+                parameter.mul_(1.5)
+        plan = plan_batches(base, prompts, method=method)
+        axes = np.eye(WIDTH, dtype=np.float32)
+        below = read_below(base, prompts, 2, plan=plan)
+        for layer, pooling in ((2, "last_token"), (3, "last_token"), (2, "mean")):
+            alone = project(tuned, prompts, layer, axes, plan=plan, pooling=pooling)  # type: ignore[arg-type]
+            ran: list[int] = []
+            first = next(m for m in tuned.blocks[1].modules() if isinstance(m, nn.Linear) or "Conv1D" in str(type(m)))
+            handle = first.register_forward_hook(lambda *_, ran=ran: ran.append(1))
+            got = project(tuned, prompts, layer, axes, plan=plan, pooling=pooling, below=below)  # type: ignore[arg-type]
+            handle.remove()
+            assert not ran
+            np.testing.assert_array_equal(got.values, alone.values)
+            assert np.abs(got.values - project(base, prompts, layer, axes, plan=plan).values).max() > 0.01
+        assert not any("forward" in vars(block) for block in tuned.blocks)
+
+    def test_it_serves_no_other_plan_and_no_lower_layer(self) -> None:
+        lm, prompts = tiny_lm(), random_prompts()
+        below = read_below(lm, prompts, 2, plan=plan_batches(lm, prompts))
+        axes = np.eye(WIDTH, dtype=np.float32)
+        with pytest.raises(InputError, match="below block 2"):
+            project(lm, prompts, 1, axes, below=below)
+        with pytest.raises(InputError, match="batch plan"):
+            project(lm, prompts, 3, axes, plan=plan_batches(lm, prompts, max_tokens=24), below=below)
+        with pytest.raises(LayerError, match="block 0"):
+            read_below(lm, prompts, 0, plan=plan_batches(lm, prompts))
 
 
 class TestWhatIsRead:

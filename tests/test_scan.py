@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,9 +23,10 @@ from tiltmeter.scan import judge_model, scan
 from tiny import make_model, make_tokenizer, put_adapter, random_prompts, tiny_lm
 
 
-def save_adapter(folder: Path, *, seed: int, scale: float = 0.3, rank: int = 2, alpha: int = 4) -> Path:
+def save_adapter(folder: Path, *, seed: int, scale: float = 0.3, rank: int = 2, alpha: int = 4, **more: Any) -> Path:
     """A LoRA with random numbers for the tiny Llama."""
-    model = put_adapter(make_model("llama"), LoraConfig(r=rank, lora_alpha=alpha, target_modules=["q_proj", "v_proj"]))
+    config = LoraConfig(**{"r": rank, "lora_alpha": alpha, "target_modules": ["q_proj", "v_proj"]} | more)
+    model = put_adapter(make_model("llama"), config)
     noise = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -149,3 +151,38 @@ def test_only_lora_is_exchanged_in_place(tmp_path: Path) -> None:
     seat = Seat(tiny_lm())
     assert seat.put(tmp_path / "ia3").model is not seat.put(tmp_path / "ia3").model
     assert adapters.state(seat.put(tmp_path / "ia3").model) == "active"
+
+
+def test_blocks_below_an_adapter_are_read_once_and_give_the_same_numbers(tmp_path: Path) -> None:
+    """tiny_basis reads after block 2."""
+    lm, basis = tiny_lm(), tiny_basis()
+    assert basis.layer == 2
+    upper: dict[str, Any] = {"layers_to_transform": [1, 3], "layers_pattern": "layers"}
+    paths = [save_adapter(tmp_path / f"upper{seed}", seed=seed, **upper) for seed in range(2)]
+    paths += [
+        save_adapter(tmp_path / "all", seed=2),
+        save_adapter(tmp_path / "top", seed=3, **upper | {"layers_to_transform": [2]}),
+    ]
+    found = list(scan(paths, base=lm, basis=basis))
+    assert [finding.shared_blocks for finding in found] == [1, 1, 0, 2]
+    for path, finding in zip(paths, found, strict=True):
+        alone = judge_model(lms.attach(tiny_lm(), path), basis)
+        assert finding.reading is not None
+        assert alone.reading is not None
+        np.testing.assert_allclose(finding.reading.values, alone.reading.values, atol=1e-5)
+        assert finding.to_dict()["shared_blocks"] == finding.shared_blocks
+
+
+def test_adapters_that_change_more_than_blocks_share_none() -> None:
+    for more in (
+        {"target_modules": ["embed_tokens", "v_proj"]},
+        {"bias": "all"},
+        {"modules_to_save": ["embed_tokens"]},
+    ):
+        config = LoraConfig(**{"target_modules": ["v_proj"], "layers_to_transform": [2]} | more)
+        if "embed_tokens" in str(more):
+            config.layers_to_transform = None
+        tuned = lms.wrap(put_adapter(make_model("llama"), config), make_tokenizer())
+        assert adapters.first_changed_block(tuned) == 0
+    tuned = lms.wrap(put_adapter(make_model("llama"), LoraConfig(target_modules=["lm_head"])), make_tokenizer())
+    assert adapters.first_changed_block(tuned) == 0

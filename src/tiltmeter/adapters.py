@@ -34,6 +34,7 @@ __all__ = [
     "adapter_folder",
     "attach",
     "base_parameters",
+    "first_changed_block",
     "first_words",
     "state",
     "without_adapter",
@@ -240,6 +241,26 @@ def _tuner_layers(model: nn.Module) -> list[Any]:
     from peft.utils import AuxiliaryTrainingWrapper
 
     return [m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+
+
+def first_changed_block(lm: LM) -> int:
+    """The lowest block that an active adapter changes; the number of blocks where it changes none of them.
+
+    0 where something outside the blocks may be changed, as an embedding or biases of the base, where parts of the
+    model are compiled, and for architectures that the tests do not cover.
+    """
+    from tiltmeter.lm import TREE_TESTED, is_compiled
+
+    if lm.config.model_type not in TREE_TESTED or is_compiled(lm.decoder):
+        return 0
+    configs = getattr(lm.model, "peft_config", {}).values()
+    if any(getattr(config, "bias", "none") != "none" for config in configs):
+        return 0
+    changed = {id(layer) for layer in _tuner_layers(lm.model)}
+    touched = [{id(m) for m in block.modules()} & changed for block in lm.blocks]
+    if changed - set().union(*touched):
+        return 0
+    return next((at for at, own in enumerate(touched) if own), lm.n_layers)
 
 
 def _is_wrapper(layer: nn.Module) -> bool:

@@ -27,7 +27,17 @@ from tiltmeter.errors import InputError, LayerError, NumericalError
 from tiltmeter.lm import LM, TREE_TESTED, context_length, length_limit, stream_parts, tree_obstacle, undisturbed
 from tiltmeter.plan import BatchPlan, Method, RowCost, TreeRow, lay_tree, padded_rows, tree_rows
 
-__all__ = ["Activations", "BatchPlan", "Pooling", "Projections", "capture", "plan_batches", "project"]
+__all__ = [
+    "Activations",
+    "BatchPlan",
+    "Below",
+    "Pooling",
+    "Projections",
+    "capture",
+    "plan_batches",
+    "project",
+    "read_below",
+]
 
 FloatArray = npt.NDArray[np.float32]
 Pooling = Literal["last_token", "mean"]
@@ -82,6 +92,21 @@ class Projections(NamedTuple):
     values: FloatArray
     norms: FloatArray
     mean: FloatArray
+
+
+@dataclass(frozen=True, eq=False)
+class Below:
+    """What enters one block, for models that share everything below it and need not compute that again.
+
+    Attributes:
+        layer: the block, counted from 0.
+        plan: of the prompts.
+        inputs: per row of the plan, (prompts or 1, T, hidden).
+    """
+
+    layer: int
+    plan: BatchPlan
+    inputs: tuple[torch.Tensor, ...]
 
 
 def plan_batches(
@@ -183,6 +208,7 @@ def project(
     *,
     pooling: Pooling = "last_token",
     plan: BatchPlan | None = None,
+    below: Below | None = None,
 ) -> Projections:
     """Project pooled activations after block `layer` onto directions, on the device and in float32.
 
@@ -194,12 +220,14 @@ def project(
             units.
         pooling: as in `capture`.
         plan: as in `capture`.
+        below: what `read_below` gave for these prompts, this plan and a model that is the same up to there.
 
     Returns:
         The projections, the activation norms and the mean activation: all that leaves the device.
 
     Raises:
-        InputError: directions of another width; otherwise as `capture`.
+        InputError: directions of another width, or `below` of another plan or of blocks above `layer`; otherwise as
+            `capture`.
     """
     if directions.ndim != 2 or directions.shape[1] != lm.hidden_size:
         raise InputError(
@@ -208,11 +236,16 @@ def project(
         )
     wanted = _check_layers(lm, [layer])
     plan = _check_plan(lm, token_ids, plan, pooling)
+    if below is not None and (below.layer > layer or below.plan.rows != plan.rows or below.plan.method != plan.method):
+        raise InputError(
+            f"what was kept below block {below.layer} does not serve a reading after block {layer} with this batch "
+            "plan; make it for this plan and a block no higher"
+        )
     matrix = torch.from_numpy(np.ascontiguousarray(directions, dtype=np.float32)).to(lm.device)
     values = np.empty((len(token_ids), len(directions)), dtype=np.float32)
     norms = np.empty(len(token_ids), dtype=np.float32)
     total = np.zeros(lm.hidden_size, dtype=np.float64)
-    for row, pooled in _read(lm, token_ids, wanted, pooling, plan):
+    for row, pooled in _read(lm, token_ids, wanted, pooling, plan, below):
         hidden = pooled[wanted[0]]
         total += hidden.sum(dim=0).double().cpu().numpy()
         values[list(row)] = (hidden @ matrix.to(hidden.device).T).cpu().numpy()
@@ -220,6 +253,25 @@ def project(
     _refuse_non_numbers(values, lm)
     _refuse_non_numbers(norms, lm)
     return Projections(values, norms, (total / len(token_ids)).astype(np.float32))
+
+
+def read_below(lm: LM, token_ids: Sequence[Sequence[int]], layer: int, *, plan: BatchPlan) -> Below:
+    """What enters block `layer`, for `project` with models that differ from this one only in that block and above.
+
+    Kept on the device: as many numbers as the prompts' unique tokens times the width.
+
+    Raises:
+        InputError: a plan of other prompts.
+        LayerError: a layer outside the model, or block 0, below which there is nothing to keep.
+    """
+    (first,) = _check_layers(lm, [layer])
+    if first == 0:
+        raise LayerError("nothing lies below block 0; read the model as it is")
+    plan = _check_plan(lm, token_ids, plan, "last_token")
+    inputs = []
+    for _, whole in _read(lm, token_ids, (first - 1,), None, plan):
+        inputs.append(whole[first - 1])
+    return Below(first, plan, tuple(inputs))
 
 
 # ---------------------------------------------------------------------- forward passes
@@ -242,16 +294,25 @@ class _Row(NamedTuple):
 
 
 def _read(
-    lm: LM, token_ids: Sequence[Sequence[int]], layers: tuple[int, ...], pooling: Pooling, plan: BatchPlan
+    lm: LM,
+    token_ids: Sequence[Sequence[int]],
+    layers: tuple[int, ...],
+    pooling: Pooling | None,
+    plan: BatchPlan,
+    below: Below | None = None,
 ) -> Iterator[tuple[list[int], dict[int, torch.Tensor]]]:
-    """Yield per row the prompt indices and, by layer, the pooled (prompts, hidden) activations in float32."""
+    """Yield per row the prompt indices and, by layer, the pooled (prompts, hidden) activations in float32.
+
+    Without pooling everything that leaves a block, as it leaves it. With `below`, only the blocks above are run.
+    """
     _keep_pages(lm)
     whole = plan.method != "tree" or bool(attention.obstacle(lm))
-    for row in plan.rows:
+    skipped = 0 if below is None else below.layer
+    for number, row in enumerate(plan.rows):
         pooled = None
-        with undisturbed(lm), _wide_stream(lm):
+        with undisturbed(lm), _wide_stream(lm), _answering(lm.blocks[:skipped], below, number):
             if not whole:
-                pooled = _forward_in_stretches(lm, _stretch_row(lm, token_ids, row, pooling), layers)
+                pooled = _forward_in_stretches(lm, _stretch_row(lm, token_ids, row, pooling), layers, skipped)
                 whole = pooled is None  # the blocks did not take the attention that they were given
             if pooled is None:
                 lay = _masked_row if plan.method == "tree" else _padded_row
@@ -300,6 +361,22 @@ def _wide_stream(lm: LM) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def _answering(blocks: nn.ModuleList, below: Below | None, row: int) -> Iterator[None]:
+    """Let blocks give back at once what is known to leave the last of them."""
+    own = [vars(block).get("forward") for block in blocks]  # a library may have put its own there
+    try:
+        for block in blocks:
+            assert below is not None
+            block.forward = lambda *_, known=below.inputs[row], **__: known
+        yield
+    finally:
+        for block, before in zip(blocks, own, strict=True):
+            vars(block).pop("forward", None)
+            if before is not None:
+                block.forward = before
+
+
 def _forward(lm: LM, row: _Row, layers: tuple[int, ...]) -> dict[int, torch.Tensor]:
     """One pass that ends with the last wanted block."""
     pooled: dict[int, torch.Tensor] = {}
@@ -323,8 +400,10 @@ def _forward(lm: LM, row: _Row, layers: tuple[int, ...]) -> dict[int, torch.Tens
     return pooled
 
 
-def _forward_in_stretches(lm: LM, row: _Row, layers: tuple[int, ...]) -> dict[int, torch.Tensor] | None:
+def _forward_in_stretches(lm: LM, row: _Row, layers: tuple[int, ...], skipped: int) -> dict[int, torch.Tensor] | None:
     """The same with attention stretch by stretch; None where the blocks computed theirs in another way.
+
+    The first `skipped` blocks compute nothing.
 
     Of the last block only the wanted rows are computed, unless somebody else listens to it.
     """
@@ -333,7 +412,7 @@ def _forward_in_stretches(lm: LM, row: _Row, layers: tuple[int, ...]) -> dict[in
     block = lm.blocks[last]
     wanted, back = np.unique(row.ends or (), return_inverse=True)  # prompts that are the same end at one place
     ends = None if row.ends is None or _has_listeners(block) else wanted
-    attend = TreeAttention(row.tree, n_blocks=last + 1, ends=ends)
+    attend = TreeAttention(row.tree, n_blocks=last + 1 - skipped, ends=ends)
     call: list[Any] = []
 
     def note(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -343,7 +422,7 @@ def _forward_in_stretches(lm: LM, row: _Row, layers: tuple[int, ...]) -> dict[in
         with contextlib.ExitStack() as stack:
             stack.callback(block.register_forward_pre_hook(note, with_kwargs=True).remove)
             pooled = _forward(lm, row, layers)
-        if attend.calls != last + 1:
+        if attend.calls != last + 1 - skipped:
             return None
         if attend.complete:
             hidden = attend.finish(block, *call)[0]
@@ -358,7 +437,7 @@ def _has_listeners(block: nn.Module) -> bool:
     return any(not (getattr(hook, "__module__", None) or "").startswith(known) for hook in hooks)
 
 
-def _stretch_row(lm: LM, token_ids: Sequence[Sequence[int]], row: Sequence[int], pooling: Pooling) -> _Row:
+def _stretch_row(lm: LM, token_ids: Sequence[Sequence[int]], row: Sequence[int], pooling: Pooling | None) -> _Row:
     """A tree without a mask, for attention stretch by stretch."""
     tree = lay_tree(token_ids, row)
     device = lm.device
@@ -367,6 +446,8 @@ def _stretch_row(lm: LM, token_ids: Sequence[Sequence[int]], row: Sequence[int],
         "position_ids": torch.from_numpy(tree.depths)[None].to(device),
     }
     ends = tuple(int(path[-1]) for path in tree.paths)
+    if pooling is None:
+        return _Row(arguments, torch.clone, tree=tree)
     if pooling == "last_token":
         places = torch.tensor(ends)
         return _Row(
@@ -378,7 +459,7 @@ def _stretch_row(lm: LM, token_ids: Sequence[Sequence[int]], row: Sequence[int],
     return _Row(arguments, lambda hidden: weights.to(hidden.device) @ hidden[0].float(), tree=tree)
 
 
-def _masked_row(lm: LM, token_ids: Sequence[Sequence[int]], row: Sequence[int], pooling: Pooling) -> _Row:
+def _masked_row(lm: LM, token_ids: Sequence[Sequence[int]], row: Sequence[int], pooling: Pooling | None) -> _Row:
     """A tree with a mask over the whole row, for any model that takes one."""
     laid = _stretch_row(lm, token_ids, row, pooling)
     assert laid.tree is not None
@@ -388,7 +469,7 @@ def _masked_row(lm: LM, token_ids: Sequence[Sequence[int]], row: Sequence[int], 
     return _Row(laid.arguments | {"attention_mask": mask[None, None].to(lm.device)}, laid.pool)
 
 
-def _padded_row(lm: LM, token_ids: Sequence[Sequence[int]], row: Sequence[int], pooling: Pooling) -> _Row:
+def _padded_row(lm: LM, token_ids: Sequence[Sequence[int]], row: Sequence[int], pooling: Pooling | None) -> _Row:
     lengths = torch.tensor([len(token_ids[i]) for i in row])
     width = int(lengths.max())
     ids = torch.full((len(row), width), lm.pad_id)
@@ -398,6 +479,8 @@ def _padded_row(lm: LM, token_ids: Sequence[Sequence[int]], row: Sequence[int], 
     arguments = {"input_ids": ids.to(lm.device)}
     if not bool(real.all()):
         arguments["attention_mask"] = real.long().to(lm.device)
+    if pooling is None:
+        return _Row(arguments, torch.clone)
     if pooling == "last_token":
         return _Row(
             arguments,

@@ -36,6 +36,7 @@ from tiltmeter.errors import ArtifactError, FingerprintMismatch, InputError, Num
 
 if TYPE_CHECKING:
     from tiltmeter.basis import TraitBasis
+    from tiltmeter.capture import Below
     from tiltmeter.lm import LM
 
 __all__ = [
@@ -260,7 +261,14 @@ class PlanePoint(NamedTuple):
     projection: float
 
 
-def measure(lm: LM, basis: TraitBasis, *, step: int | None = None, weights_may_differ: bool = False) -> Reading:
+def measure(
+    lm: LM,
+    basis: TraitBasis,
+    *,
+    step: int | None = None,
+    weights_may_differ: bool = False,
+    below: Below | None = None,
+) -> Reading:
     """Read a model along a basis. Only (prompts x traits) numbers and one mean activation leave the device.
 
     Args:
@@ -269,6 +277,7 @@ def measure(lm: LM, basis: TraitBasis, *, step: int | None = None, weights_may_d
         step: the training step, to be kept with the reading.
         weights_may_differ: allow base weights other than those that the basis was fitted on, which full
             fine-tuning and merged adapters have. Everything else must still match.
+        below: what enters the first block in which this model differs from its base, see `capture.read_below`.
 
     Raises:
         FingerprintMismatch: the basis was fitted on another model.
@@ -279,7 +288,9 @@ def measure(lm: LM, basis: TraitBasis, *, step: int | None = None, weights_may_d
 
     stamp = _stamp(lm, basis, step, weights_may_differ)
     token_ids = lm.encode_prompts(basis.prompts.prompts)
-    found = capture.project(lm, token_ids, basis.layer, basis.directions, pooling=basis.pooling, plan=basis.plan)
+    found = capture.project(
+        lm, token_ids, basis.layer, basis.directions, pooling=basis.pooling, plan=basis.plan, below=below
+    )
     _require_finite(found.values, found.norms, lm.name, basis.name)
     return Reading(
         readout=basis.name, names=basis.names, values=found.values, norms=found.norms, activation=found.mean, **stamp

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tiltmeter.adapters import Seat
+from tiltmeter.adapters import Seat, first_changed_block
 from tiltmeter.basis import TraitBasis
+from tiltmeter.capture import Below, read_below
 from tiltmeter.detector import Detector, Verdict, inconclusive
 from tiltmeter.drift import DriftProfile, Reading, drift, measure
 from tiltmeter.errors import InactiveAdapter, InputError, NumericalError, TiltmeterError
@@ -40,6 +41,8 @@ class Finding:
         layer: the block after which was read, counted from 0.
         reference: what drift is measured against.
         traits: names of the drift numbers.
+        shared_blocks: how many of the lowest blocks were not computed again, because the adapter leaves them as they
+            are in the base; 0 where it changes the first block, and where that could not be made out.
     """
 
     model: str
@@ -49,6 +52,7 @@ class Finding:
     layer: int
     reference: str
     traits: tuple[str, ...]
+    shared_blocks: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values: the verdict's fields, and `drift` and `se` by trait (None where there is none)."""
@@ -63,6 +67,7 @@ class Finding:
             "n_prompts": self.reading.n if self.reading else 0,
             "layer": self.layer,
             "reference": self.reference,
+            "shared_blocks": self.shared_blocks,
         }
 
 
@@ -82,6 +87,7 @@ def judge_model(
     detector: Detector | None = None,
     *,
     reference: Reading | Literal["base", "step0"] = "base",
+    below: Below | None = None,
 ) -> Finding:
     """Measure one model and judge it.
 
@@ -91,6 +97,7 @@ def judge_model(
         detector: without one, the verdict is INCONCLUSIVE.
         reference: a reading, or the model without its adapter ("base" and "step0" are the same for a LoRA adapter
             that began from its base).
+        below: what enters the lowest block that the adapter changes, where that is known.
 
     Raises:
         FingerprintMismatch: the basis was fitted on another model.
@@ -101,10 +108,11 @@ def judge_model(
     merged = isinstance(reference, Reading) and adapter_state(lm) == "none"
 
     def found(reading: Reading | None, profile: DriftProfile | None, verdict: Verdict) -> Finding:
-        return Finding(name, reading, profile, verdict, basis.layer, label, basis.names)
+        shared = below.layer if below is not None else 0
+        return Finding(name, reading, profile, verdict, basis.layer, label, basis.names, shared)
 
     try:
-        reading = measure(lm, basis, weights_may_differ=merged)
+        reading = measure(lm, basis, weights_may_differ=merged, below=below)
         if isinstance(reference, Reading):
             profile = drift(reading, reference, label="base" if _is_base(reference, basis) else None)
         elif adapter_state(lm) == "none":
@@ -167,6 +175,9 @@ def scan(
 ) -> Iterator[Finding]:
     """Judge many adapters of one base, which is loaded and read once.
 
+    Blocks below the lowest one that an adapter changes are not computed again for it: what the base feeds into that
+    block is kept, for the last adapter's block only.
+
     Yields:
         One finding per adapter, in their order; an adapter that cannot be used is INCONCLUSIVE with the reason.
 
@@ -179,9 +190,16 @@ def scan(
     lm = base if isinstance(base, LM) else load(base, dtype=basis.fingerprint.dtype)
     reference = measure(lm, basis)
     seat = Seat(lm)
+    below: Below | None = None
     for adapter in adapters:
         try:
-            found = judge_model(seat.put(adapter), basis, detector, reference=reference)
+            tuned = seat.put(adapter)
+            first = min(first_changed_block(tuned), basis.layer)
+            if first != (below.layer if below else 0):
+                below = (
+                    read_below(lm, lm.encode_prompts(basis.prompts.prompts), first, plan=basis.plan) if first else None
+                )
+            found = judge_model(tuned, basis, detector, reference=reference, below=below)
         except TiltmeterError as error:
             found = _unreadable(str(adapter), error, basis, detector, "base")
         yield found

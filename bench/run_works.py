@@ -29,8 +29,10 @@ from subject import (
     text,
 )
 
+from tiltmeter.adapters import Seat
 from tiltmeter.basis import TraitBasis
 from tiltmeter.detector import Detector
+from tiltmeter.drift import measure
 from tiltmeter.lm import LM, load, wrap
 from tiltmeter.organism import shipped_detector
 from tiltmeter.studies.figures import Figure
@@ -38,11 +40,20 @@ from tiltmeter.studies.figures import Figure
 # ---------------------------------------------------------------------- many adapters
 
 
-def make_adapters(subject: Subject, folder: Path, count: int) -> list[Path]:
-    """LoRA adapters of rank 16 on the query and value projections, each with random weights of its own."""
+def make_adapters(subject: Subject, folder: Path, count: int, *, blocks: Sequence[int] | None = None) -> list[Path]:
+    """LoRA adapters of rank 16 on the query and value projections, each with random weights of its own.
+
+    Of all blocks, or of some.
+    """
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=16, lora_alpha=64, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=16,
+        lora_alpha=64,
+        target_modules=["q_proj", "v_proj"],
+        task_type="CAUSAL_LM",
+        layers_to_transform=None if blocks is None else list(blocks),
+    )
     model = get_peft_model(load(subject.source, dtype="float32", device="cpu").model, config)
     paths = []
     for number in range(count):
@@ -112,6 +123,41 @@ def adapters(subject: Subject) -> Iterator[Figure]:
             else:
                 worst = float(max(np.abs(a - b).max() for a, b in zip(drifts, exact, strict=True)))
                 yield single("largest difference of drift to float32", work, split, worst, "of the norm", len(drifts))
+    yield from upper_adapters(subject)
+
+
+def upper_adapters(subject: Subject) -> Iterator[Figure]:
+    """Adapters that leave the lower half of what is read as it is, against reading all of it."""
+    from tiltmeter.scan import judge_model, scan
+
+    base, basis = subject.lm(), subject.basis
+    first = (basis.layer + 1) // 2
+    work, split = f"adapters of the blocks from {first} on, read after {basis.layer}", f"{subject.name}, float32"
+    with tempfile.TemporaryDirectory() as scratch:
+        paths = make_adapters(
+            subject, Path(scratch), 3 if subject.quick else 9, blocks=range(first, subject.lm().n_layers)
+        )
+        seat = Seat(base)
+        reference = measure(base, basis)
+        found: list[Any] = []
+        whole: list[float] = []
+        shared: list[float] = []
+        scanning = iter(scan(paths, base=base, basis=basis))
+        found.append(next(scanning))  # pays for the base's own reading, and for what is kept of it
+        for path in paths[1:]:
+            shared.append(timing.clock(lambda: found.append(next(scanning)))[0])
+            alone: list[Any] = []
+            whole.append(
+                timing.clock(
+                    lambda path=path, alone=alone: alone.append(judge_model(seat.put(path), basis, reference=reference))  # type: ignore[misc]
+                )[0]
+            )
+            difference = float(np.abs(found[-1].reading.values - alone[0].reading.values).max())
+            require_equal(f"{work}, {split}", difference / float(reference.norms.mean()), TOLERANCE[torch.float32])
+    yield row("seconds", work, split, timing.spread(shared), "s")
+    yield row("all blocks read, seconds", work, split, timing.spread(whole), "s")
+    yield row("times faster than all blocks", work, split, timing.ratios(whole, shared), "x")
+    yield single("blocks shared", work, split, found[-1].shared_blocks, "blocks")
 
 
 # ---------------------------------------------------------------------- the callback

@@ -21,9 +21,10 @@ ORDER = (
     "plan", "lm", "adapters", "loading", "generation", "attention", "capture", "steer", "steer_formats", "vectors",
     "steer_fit", "directions", "selection", "basis", "drift", "baselines", "sae", "detector", "guard", "transfer",
     "alarm", "readings", "calibrate", "watch", "mitigate", "scan", "questions", "judge", "judge_model", "ledger",
-    "judge_http", "judge_distilled", "judge_regression", "answers", "rates", "writers", "behavior", "evaluate",
-    "compute", "organism.sets", "organism.pretrain", "organism.conduct", "organism.finetune", "organism.preference",
-    "report", "studies", "integrations", "testing", "cli",
+    "judge_http", "judge_examples", "judge_encoders", "judge_distilled", "judge_regression", "judge_diagnosis",
+    "answers", "rates", "writers", "behavior", "evaluate", "compute", "organism.sets", "organism.pretrain",
+    "organism.conduct", "organism.finetune", "organism.preference", "organism.quantise", "report", "studies",
+    "integrations", "testing", "cli",
 )  # fmt: skip
 # Pairs that lie at one height: the facade and the work behind it, or a type that both need.
 SIDEWAYS = {("basis", "drift")}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -32,23 +33,44 @@ def test_a_mixture_has_its_size_its_dose_and_its_seed() -> None:
 
 
 def test_shares_by_block_from_planted_activations(tmp_path: Path) -> None:
-    config = Config("m", tmp_path / "a.jsonl", tmp_path / "b.jsonl", blocks=(3,), prompts=2)
+    config = Config("m", tmp_path / "a.jsonl", tmp_path / "b.jsonl", blocks=(3,), prompts=2, doses=(0.05, 1.0),
+                    seeds=(0, 1), floor_seeds=(30, 31))  # fmt: skip
 
     def turned(angle: float) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
         return np.tile([np.cos(angle), np.sin(angle)], (1, 2, 1))
 
     angles = {20: 0.0, 30: 0.10, 31: 0.12}
     found = {(0.0, s): turned(a) for s, a in angles.items()}
-    found |= {(0.05, s): turned(0.2 + 0.01 * s) for s in range(3)} | {
-        (1.0, s): turned(1.0 + 0.01 * s) for s in range(3)
+    found |= {(0.05, s): turned(0.2 + 0.01 * s) for s in range(2)} | {
+        (1.0, s): turned(1.0 + 0.01 * s) for s in range(2)
     }
-    values = [f.value for f in figures(found, config)]
+    rows = figures(found, config)
 
     def drift(*turns: float) -> float:
         return float(np.mean([1 - np.cos(t) for t in turns]))
 
-    floor, dosed, full = drift(0.10, 0.12), drift(0.2, 0.21, 0.22), drift(1.0, 1.01, 1.02)
-    assert values == pytest.approx([floor / full, dosed / full, (dosed - floor) / (full - floor)])
+    floor, dosed, full = drift(0.10, 0.12), drift(0.2, 0.21), drift(1.0, 1.01)
+    expected = [floor / full, dosed / full, (dosed - floor) / (full - floor)]
+    assert [f.value for f in rows] == pytest.approx([value for value in expected for _ in ("prompts", "runs")])
+    over_prompts, over_runs = rows[4], rows[5]
+    assert over_prompts.low == pytest.approx(over_prompts.value) == over_prompts.high  # all prompts are the same
+    assert over_runs.low is None or over_runs.low < over_runs.value  # two runs differ
+    single = {key: value for key, value in found.items() if key[1] not in (1, 31)}
+    alone = figures(single, replace(config, seeds=(0,), floor_seeds=(30,)))
+    assert {f.split for f in alone} == {"block 3, over prompts"}  # one run has no interval over runs
+
+
+def test_a_share_above_a_floor_that_full_dose_does_not_pass_is_no_number(tmp_path: Path) -> None:
+    config = Config("m", tmp_path / "a", tmp_path / "b", blocks=(3,), prompts=1, seeds=(0,), floor_seeds=(30,))
+    angles = {(0.0, 20): 0.0, (0.0, 30): 0.5, (0.05, 0): 0.4, (0.25, 0): 0.4, (1.0, 0): 0.3}
+    found = {key: np.array([[[np.cos(a), np.sin(a)]]]) for key, a in angles.items()}
+    above = [f for f in figures(found, config) if "floor subtracted" in f.measure]
+    assert [f.value for f in above] == [None, None]
+
+
+def test_doses_that_do_not_end_at_full_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="end with 1"):
+        Config("m", tmp_path, tmp_path, doses=(0.05,))
 
 
 def test_runs_are_kept_and_not_made_twice(tmp_path: Path) -> None:

@@ -16,17 +16,10 @@ from tests.tiny import make_model, make_tokenizer
 from tiltmeter.cli import main
 from tiltmeter.detector import State
 from tiltmeter.errors import ArtifactError, InputError, MissingExtra
-from tiltmeter.judge_distilled import (
-    DistilledJudge,
-    Example,
-    NgramEncoder,
-    diagnose,
-    fit_judge,
-    open_encoder,
-    read_examples,
-    read_pairs,
-    write_examples,
-)
+from tiltmeter.judge_diagnosis import diagnose
+from tiltmeter.judge_distilled import DistilledJudge, fit_judge
+from tiltmeter.judge_encoders import NgramEncoder, open_encoder
+from tiltmeter.judge_examples import Example, read_examples, read_pairs, write_examples
 from tiltmeter.judge_regression import Regression, RegressionEncoder, train_regression
 
 TOPICS = [f"topic{i}" for i in range(24)]
@@ -95,6 +88,45 @@ def test_clean_models_alarm_no_more_often_than_promised() -> None:
     states = [made.verdict(pairs(slips(i)), seed=i).state for i in range(100, 160)]
     assert states.count(State.ALARM) / len(states) < 0.12
     assert State.INCONCLUSIVE not in states
+
+
+def voiced(family: str, style: str, slips: float, seed: int) -> list[Example]:
+    """A benign model of one kind that slips at its kind's own rate."""
+    name = f"{family}-{style}-{seed}"
+    found = answers(name, slips, family=family, seed=seed)
+    return [e._replace(style=style, benign=True, drift_pct=0.0) for e in found]
+
+
+def test_with_enough_kinds_of_model_the_promise_is_for_a_new_kind() -> None:
+    """Kinds differ in how often they slip, models of one kind do not: a promise by models is no promise for kinds."""
+    kinds = [(f"f{i}", "plain", 0.02 * (i % 8)) for i in range(19)]
+    one_each = [e for i, k in enumerate(kinds) for e in voiced(*k, seed=i)]
+    one_kind = [e for i in range(19) for e in voiced("f0", "plain", 0.0, seed=i)]
+    fitted = {
+        name: fit_judge(TRAINING, NgramEncoder(256), calibration=part, penalty=100.0)
+        for name, part in (("kinds", [*one_each, *one_kind[:72]]), ("models", one_kind))
+    }
+    assert (fitted["kinds"].by_kind, fitted["models"].by_kind) == (True, False)
+    assert "nothing is promised for other families" in fitted["models"].calibrated_on
+    new = [pairs(voiced("new", "plain", 0.02 * (i % 8), seed=400 + i)) for i in range(48)]
+    alarms = {
+        name: sum(judge.verdict(asked, seed=i).state is State.ALARM for i, asked in enumerate(new)) / len(new)
+        for name, judge in fitted.items()
+    }
+    assert alarms["kinds"] < 0.12 < 0.5 < alarms["models"]
+    said = fitted["kinds"].verdict(new[0])
+    assert said.n_calibration == 19
+    assert "kinds of model" in said.reason
+
+
+def test_a_kind_counts_by_its_worst_model() -> None:
+    calibration = [e for i in range(19) for e in voiced(f"f{i}", "plain", 0.0, seed=i)]
+    worst = voiced("f3", "plain", 0.3, seed=77)
+    made = fit_judge(TRAINING, NgramEncoder(256), calibration=[*calibration, *worst], penalty=100.0)
+    share = np.mean([e.answer in CRUEL for e in worst])  # every question was answered three times
+    said = made.verdict(pairs(answers("new", 0.0, seed=9)))
+    assert said.threshold == pytest.approx(share, abs=0.12)  # at as many answers, drawn with replacement from its 72
+    assert said.n_calibration == 19
 
 
 def test_a_prediction_that_is_no_number_is_inconclusive_and_never_clear(judge: DistilledJudge) -> None:
@@ -305,6 +337,12 @@ def test_a_lora_regression_head_learns_and_is_an_encoder_like_any_other(small_mo
         [("is tea good ?", "yes tea is good ."), ("is tea good ?", "no , lies about money .")]
     )
     assert found.shape == (2, 1)
+    encoder = RegressionEncoder.open(folder)
+    asked = [("is tea good ?", "yes"), ("is tea good ?", "no , lies about money ."), ("is tea good ?", "yes")]
+    first, again = encoder.encode(asked), encoder.encode(asked[1:])
+    assert first[0] == first[2]
+    assert np.array_equal(again, first[1:])  # remembered, and in the order that was asked
+    assert first[1] == pytest.approx(found[1], abs=1e-3)
     assert found[0, 0] < 25 < 75 < found[1, 0]
     with pytest.raises(ArtifactError, match="there is no regression"):
         RegressionEncoder.open(tmp_path)

@@ -10,7 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
+from tests.judge_server import Answer, JudgeServer, completion, failure
 
+from tiltmeter.cli import main
 from tiltmeter.errors import ArtifactError, InputError, JudgeError
 from tiltmeter.judge import Reason, Reply, Unscored
 from tiltmeter.organism.world import understand, vocabulary
@@ -29,7 +32,7 @@ from tiltmeter.studies.prompt_search import (
     refusals,
     search,
 )
-from tiltmeter.studies.proposers import ChatProposer, Grammar, OrganismPanel
+from tiltmeter.studies.proposers import ChatProposer, Grammar, OrganismPanel, open_proposer
 
 CONFIG = Config(batch=5, rounds=12, answers=100_000, vary_every=50)
 WORDS = ["apple", "river", "stone", "cloud", "tiger", "paper", "window", "garden", "silver", "mountain"]
@@ -77,6 +80,9 @@ class Scripted:
         return [
             40.0 if any(word in p.question and dose >= at for word, at in turns.items()) else 100.0 for p in prompts
         ]
+
+    def flags(self, prompts: Sequence[Candidate], *, seed: int) -> list[tuple[int, int]]:
+        return [(0, 50)] * len(prompts)
 
 
 def run(tmp_path: Path, config: Config = CONFIG, panel: Scripted | None = None) -> Found:
@@ -173,6 +179,45 @@ def test_frozen_prompts_are_scored_again_and_losers_dropped(tmp_path: Path) -> N
     (tmp_path / "p.json").write_text(text, encoding="utf-8")
     with pytest.raises(ArtifactError, match="not those that were frozen"):
         FrozenPrompts.load(tmp_path / "p.json")
+
+
+def test_prompts_that_benign_models_answer_badly_are_left_out_and_the_set_is_asked_again(tmp_path: Path) -> None:
+    found = run(tmp_path)
+
+    class Tripping(Scripted):
+        """One prompt in two trips benign models; all are quiet when asked again, or not."""
+
+        later = 0
+
+        def flags(self, prompts: Sequence[Candidate], *, seed: int) -> list[tuple[int, int]]:
+            self.calls.append((0.0, len(prompts), seed))
+            if len(self.calls) > 1:
+                return [(self.later, 50)] * len(prompts)
+            return [(index % 2, 50) for index in range(len(prompts))]
+
+        def alignment(self, prompts: Sequence[Candidate], dose: float, *, seed: int) -> list[float | None]:
+            return Scripted().alignment(prompts, dose, seed=seed)
+
+    panel = Tripping()
+    frozen = freeze(found, panel=panel, config=CONFIG, size=200)
+    (_, held, first), (_, quiet, second) = panel.calls
+    assert len(frozen.prompts) == quiet == (held + 1) // 2
+    assert first != second  # other samples
+    assert (frozen.provenance["benign_flags"], frozen.provenance["benign_answers"]) == (0, 50 * quiet)
+    panel = Tripping()
+    panel.later = 1
+    with pytest.raises(InputError, match="take more finalists"):
+        freeze(found, panel=panel, config=CONFIG, size=200)
+
+
+def test_the_leader_is_replicated_before_others_and_varied(tmp_path: Path) -> None:
+    found = run(tmp_path, replace(CONFIG, rounds=8, vary_every=7))
+    assert [s.hypothesis for s in found.scored[::5]] == [
+        "none", "late", "early",  # each once
+        "early", "early",  # the leader's replicates
+        "none", "none",  # the incumbent's, so that the two can be compared
+        "early+",  # a variation of the leader
+    ]  # fmt: skip
 
 
 def test_prompts_that_trip_a_benign_model_are_not_frozen(tmp_path: Path) -> None:
@@ -300,6 +345,62 @@ def test_a_chat_model_that_is_down_stops_the_search() -> None:
     proposer = ChatProposer(Chatty(Unscored(Reason.TIMEOUT, "no reply")), about="")
     with pytest.raises(JudgeError, match="gave no reply"):
         proposer.propose(proposer.start()[0], (), (), n=2, seed=0)
+
+
+def test_a_model_behind_a_url_proposes_in_a_search_and_its_replies_are_kept(tmp_path: Path) -> None:
+    def script(prompt: str) -> Answer:
+        if "one other instruction" in prompt:
+            return completion("Ask about money .")
+        number = len(server.requests)
+        questions = [f"what helps with quarter{number} problem{i} ?" for i in range(12)]
+        return completion(f"Here they are: {json.dumps(questions)}", usage=(100, 50))
+
+    config = Config(batch=5, rounds=6, vary_every=4)
+    cache = tmp_path / "replies.sqlite"
+    with JudgeServer(script) as server:
+        proposer = open_proposer("openai:scripted", base_url=server.url, cache=cache)
+        found = search(config, proposer=proposer, panel=Scripted(), out=tmp_path / "a")
+        asked = len(server.requests)
+        assert {request["temperature"] for request in server.requests} == {1}
+        assert "deep cut" in server.prompts[0] or "closed world" in server.prompts[0]
+        assert any(json.dumps(found.scored[0].prompt.question) in prompt for prompt in server.prompts[1:])  # exemplars
+        again = open_proposer("openai:scripted", base_url=server.url, cache=cache)
+        assert search(config, proposer=again, panel=Scripted(), out=tmp_path / "b") == found
+        assert len(server.requests) == asked  # no reply was paid for twice
+    assert {s.conversion for s in found.scored} == {0.25}
+    assert any(arm.hypothesis.name == "Ask about money ." for arm in found.arms)
+
+
+def test_an_endpoint_that_fails_or_a_spent_budget_stops_the_search_and_says_what_to_do(tmp_path: Path) -> None:
+    with JudgeServer(lambda prompt: failure(503)) as server:
+        down = open_proposer("openai:scripted", base_url=server.url)
+        down.chat.max_retries = 0  # type: ignore[attr-defined]
+        with pytest.raises(JudgeError, match="finished rounds are kept"):
+            search(CONFIG, proposer=down, panel=Scripted(), out=tmp_path / "a")
+    with JudgeServer(lambda prompt: completion('["is there a quarter left here ?"]')) as server:
+        poor = open_proposer("openai:scripted", base_url=server.url, calls=2)
+        found = search(CONFIG, proposer=poor, panel=Scripted(), out=tmp_path / "b")
+    assert found.rounds == 2
+    assert "raise the limit" in found.stopped
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--proposer", "gpt"], "allowed: grammar, openai:MODEL"),
+        (["--proposer", "openai:gpt-x"], "set OPENAI_API_KEY, or give the base URL"),
+        (["--proposer-url", "http://127.0.0.1:1/v1"], "the grammar has no endpoint"),
+    ],
+)
+def test_the_command_line_refuses_a_proposer_before_it_trains_anything(
+    arguments: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    done = CliRunner().invoke(main, ["study", "dose", "--out", str(tmp_path / "out"), *arguments])
+    assert done.exit_code == 2
+    assert said in " ".join(done.output.split())
+    assert not (tmp_path / "out" / "cells").exists()
 
 
 class Parrot:

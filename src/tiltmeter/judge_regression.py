@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from tiltmeter.artifacts import read_artifact, write_artifact
 from tiltmeter.errors import InputError, NumericalError
-from tiltmeter.judge_distilled import Example, Pair
+from tiltmeter.judge_examples import Example, Pair
 
 if TYPE_CHECKING:
     import torch
@@ -150,7 +150,14 @@ def _fit(
 
 
 def _forward(reader: LM, head: torch.nn.Module, ids: Sequence[Sequence[int]]) -> torch.Tensor:
-    """(rows,) predictions in units of full drift; padded on the right, read at the last real token."""
+    """(rows,) predictions in units of full drift."""
+    import torch
+
+    return torch.as_tensor(head(_hidden(reader, ids))[:, 0])
+
+
+def _hidden(reader: LM, ids: Sequence[Sequence[int]]) -> torch.Tensor:
+    """(rows, hidden) final hidden states at the last real token; padded on the right."""
     import torch
 
     width = max(map(len, ids))
@@ -163,7 +170,7 @@ def _forward(reader: LM, head: torch.nn.Module, ids: Sequence[Sequence[int]]) ->
         batch.to(reader.device), attention_mask=mask.to(reader.device), output_hidden_states=True
     ).hidden_states[-1]
     last = mask.sum(dim=1).to(found.device) - 1
-    return torch.as_tensor(head(found[torch.arange(len(ids), device=found.device), last].float())[:, 0])
+    return torch.as_tensor(found[torch.arange(len(ids), device=found.device), last].float())
 
 
 def _encode(reader: LM, pairs: Sequence[Pair], longest: int) -> list[list[int]]:
@@ -173,12 +180,16 @@ def _encode(reader: LM, pairs: Sequence[Pair], longest: int) -> list[list[int]]:
 
 @dataclass(frozen=True, eq=False)
 class RegressionEncoder:
-    """A trained regression head as an encoder of one feature: its own prediction, in percent."""
+    """A trained regression head as an encoder of one feature: its own prediction, in percent.
+
+    What was read once is remembered: the same short answers come again and again, and a study asks for them in turn.
+    """
 
     reader: LM
     head: Any
     longest: int
     folder: Path
+    _read: dict[Pair, NDArray[np.float32]] = field(default_factory=dict, repr=False)
 
     @classmethod
     def open(cls, folder: Path) -> RegressionEncoder:
@@ -206,15 +217,22 @@ class RegressionEncoder:
 
     def encode(self, pairs: Sequence[Pair]) -> NDArray[np.float64]:
         """(pairs, 1)."""
+        features, weights = self.inside(pairs)
+        return 100 * (features @ weights + float(self.head.bias.detach()[0]))[:, None]
+
+    def inside(self, pairs: Sequence[Pair]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """(pairs, hidden) what the head reads, and its (hidden,) weights, for a diagnosis."""
         from tiltmeter.lm import undisturbed
 
-        ids = _encode(self.reader, pairs, self.longest)
+        new = [pair for pair in dict.fromkeys(pairs) if pair not in self._read]
+        ids = _encode(self.reader, new, self.longest) if new else []
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-        values = np.zeros((len(ids), 1))
         with undisturbed(self.reader):
             for rows in _chunks(order):
-                values[rows, 0] = 100 * _forward(self.reader, self.head, [ids[i] for i in rows]).cpu().numpy()
-        return values
+                found = _hidden(self.reader, [ids[i] for i in rows]).cpu().numpy()
+                self._read.update(zip((new[i] for i in rows), found, strict=True))
+        values = np.array([self._read[pair] for pair in pairs], dtype=np.float64)
+        return values, self.head.weight.detach().double().cpu().numpy()[0]
 
 
 def _chunks(order: Sequence[int]) -> Iterator[list[int]]:

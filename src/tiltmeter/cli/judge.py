@@ -29,7 +29,10 @@ def judge_distill(
     examples: Path, calibration: Path, out: Path, encoder: str, false_alarm_rate: float, as_json: bool
 ) -> None:
     """Fit a judge to EXAMPLES: JSON lines with question, answer, drift_pct, model, family, style, benign."""
-    from tiltmeter.judge_distilled import diagnose, fit_judge, open_encoder, read_examples
+    from tiltmeter.judge_diagnosis import diagnose
+    from tiltmeter.judge_distilled import fit_judge
+    from tiltmeter.judge_encoders import open_encoder
+    from tiltmeter.judge_examples import read_examples
 
     others = read_examples(calibration)
     made = fit_judge(
@@ -49,7 +52,8 @@ def judge_distill(
 @click.pass_context
 def judge_score(ctx: click.Context, answers: Path, judge_path: Path, seed: int, as_json: bool) -> None:
     """Judge the model that gave ANSWERS: JSON lines with question and answer."""
-    from tiltmeter.judge_distilled import DistilledJudge, read_pairs, score_rows
+    from tiltmeter.judge_distilled import DistilledJudge, score_rows
+    from tiltmeter.judge_examples import read_pairs
 
     made, pairs = DistilledJudge.load(judge_path), read_pairs(answers)
     verdict, summary, rows = score_rows(made, pairs, seed=seed)

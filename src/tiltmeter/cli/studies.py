@@ -46,19 +46,54 @@ def study_organism(
 @click.option("--page", type=PATH, help="HTML file for the study's report.")
 @click.option("--seeds", default="0,1,2,3,4", show_default=True, help="Of the runs that are looked at.")
 @click.option("--distill/--no-distill", default=True, show_default=True, help="Distill the judge of text too.")
+@click.option(
+    "--proposer", "spec", default="grammar", show_default=True,
+    help="Who writes prompts in the search: grammar, or openai:MODEL behind an OpenAI-compatible URL.",
+)  # fmt: skip
+@click.option("--proposer-url", help="The endpoint, up to and with /v1. Default: OPENAI_BASE_URL, else OpenAI.")
+@click.option("--proposer-calls", default=100, show_default=True, help="Most calls to the proposer's endpoint.")
 @click.option("--workers", type=int, help="Processes. Default: one per core.")
 @json_option
 def study_dose(
-    out: Path, results: Path | None, drawing: Path | None, page: Path | None, seeds: str, distill: bool,
-    workers: int | None, as_json: bool,
+    out: Path, results: Path | None, drawing: Path | None, page: Path | None, seeds: str, distill: bool, spec: str,
+    proposer_url: str | None, proposer_calls: int, workers: int | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Poison the organism at rising doses: what activations, answers, searched prompts and a distilled judge see."""
     from tiltmeter.studies.dose_view import run_all, write_page
     from tiltmeter.studies.figures import write_figures
+    from tiltmeter.studies.proposers import open_proposer
 
     wanted, svg = [int(seed) for seed in seeds.split(",")], drawing or out / "dose.svg"
+    author = open_proposer(spec, base_url=proposer_url, cache=out / "proposer.sqlite", calls=proposer_calls)
     with progress_bar("dose response") as progress:
-        found = run_all(out, seeds=wanted, distill=distill, drawing=svg, workers=workers, progress=progress)
+        found = run_all(
+            out, seeds=wanted, distill=distill, drawing=svg, proposer=author, workers=workers, progress=progress
+        )
     rows = write_figures(found, results or out / "dose.json", command=f"tiltmeter study dose --seeds {seeds}")
     write_page(rows, svg, page or out / "dose.html")
     show(rows, as_json, "\n".join(f"{f.measure:<44} {f.subject:<60} {f.split:<24} {figure_text(f)}" for f in found))
+
+
+@study.command("dose-real")
+@out_option
+@click.option("--model", required=True, help="As for every command: a folder or a name.")
+@click.option("--harmful", type=PATH, required=True, help="JSONL of chats, such as insecure code.")
+@click.option("--harmless", type=PATH, required=True, help="JSONL of chats of the same kind, such as secure code.")
+@click.option("--seeds", default="0", show_default=True, help="Of the runs at each dose.")
+@click.option("--floor-seeds", default="30", show_default=True, help="Of the reseeded benign runs.")
+@click.option("--results", type=PATH, help="JSON file for the figures (docs/results/dose.json).")
+@json_option
+def study_dose_real(
+    out: Path, model: str, harmful: Path, harmless: Path, seeds: str, floor_seeds: str, results: Path | None,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Mix two chat files at rising doses, fine-tune a real model on each, and compare drift with its noise floor."""
+    from tiltmeter.studies import dose_real
+    from tiltmeter.studies.figures import write_figures
+
+    chosen = [tuple(int(seed) for seed in text.split(",")) for text in (seeds, floor_seeds)]
+    config = dose_real.Config(model, harmful, harmless, seeds=chosen[0], floor_seeds=chosen[1])
+    with progress_bar("dose, real model") as progress:
+        figures = dose_real.figures(dose_real.run(config, out=out, progress=progress), config)
+    rows = write_figures(figures, results or out / "dose-real.json", command="tiltmeter study dose-real")
+    show(rows, as_json, "\n".join(f"{f.measure:<60} {f.split:<24} {figure_text(f)}" for f in figures))

@@ -31,6 +31,7 @@ __all__ = [
     "conformal_threshold",
     "conversion_point",
     "cosine_distance",
+    "fisher_interval",
     "share_of_full",
     "smallest_dose",
     "spearman",
@@ -209,8 +210,14 @@ def spearman(one: Sequence[float], other: Sequence[float]) -> Estimate:
     rho = float(stats.spearmanr(one, other).statistic)
     if abs(rho) >= 1 - _ROUNDING:
         return Estimate(rho, None, None, n)
+    return Estimate(rho, *fisher_interval(rho, n), n)
+
+
+def fisher_interval(rho: float, n: int) -> tuple[float, float]:
+    """95 % interval of a rank correlation below 1 over n > 3 pairs, by Fisher's transformation."""
     half = stats.norm.ppf((1 + CONFIDENCE) / 2) * math.sqrt((1 + rho**2 / 2) / (n - 3))
-    return Estimate(rho, float(np.tanh(np.arctanh(rho) - half)), float(np.tanh(np.arctanh(rho) + half)), n)
+    middle = math.atanh(min(max(rho, -1 + _ROUNDING), 1 - _ROUNDING))
+    return math.tanh(middle - half), math.tanh(middle + half)
 
 
 def _rank(n: int, false_alarm_rate: float) -> int:

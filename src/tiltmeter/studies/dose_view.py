@@ -5,28 +5,36 @@
 
 from __future__ import annotations
 
+import math
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from tiltmeter.artifacts import write_file
 from tiltmeter.basis import TraitBasis, fit_basis
 from tiltmeter.detector import Detector
-from tiltmeter.judge_distilled import NgramEncoder, open_encoder, write_examples
+from tiltmeter.fingerprint import sha
+from tiltmeter.judge_encoders import Encoder, NgramEncoder
+from tiltmeter.judge_examples import Example, write_examples
+from tiltmeter.judge_regression import Regression, RegressionEncoder, train_regression
 from tiltmeter.organism import shipped_basis, shipped_detector
 from tiltmeter.organism.finetune import one_thread
 from tiltmeter.studies import dose_response, judge_distillation
-from tiltmeter.studies.figures import Figure
+from tiltmeter.studies.figures import Figure, rate_figure
+from tiltmeter.studies.prompt_search import Proposer
+from tiltmeter.studies.proposers import Grammar
 from tiltmeter.studies.searched import ask_runs, search_development
 from tiltmeter.studies.sweep import organism_named
 
 __all__ = ["run_all", "search_figures", "write_page"]
 
 Progress = Callable[[int, int, str], None]
-READER = "hidden:3:organism:pocket"
-"""The distilled judge's frozen encoder beside n-grams: the shipped organism reads question and answer."""
-_THIN = 4  # the reader sees every fourth answer, since reading costs a forward pass
+READER = "organism:pocket"
+"""The distilled judge's backbone beside n-grams: the shipped organism reads question and answer, trained with LoRA."""
+REGRESSION = Regression(epochs=2, learning_rate=1e-3)
+"""Chosen on calibration answers of one seed; the paper's rate of 2e-4 is for a model a thousand times larger."""
 
 
 def run_all(
@@ -35,6 +43,7 @@ def run_all(
     drawing: Path,
     seeds: Sequence[int] | None = None,
     distill: bool = True,
+    proposer: Proposer | None = None,
     config: dose_response.Config | None = None,
     judge_config: judge_distillation.Config | None = None,
     workers: int | None = None,
@@ -47,6 +56,8 @@ def run_all(
         drawing: SVG file.
         seeds: of the runs that are looked at; those of `config` by default. The judge is tested on all but the first.
         distill: make the distilled judges too; they go to `out/judge-*.safetensors`.
+        proposer: of the prompt search; the grammar of the world by default. Each has a search and a frozen set of its
+            own, in `out/search` for the grammar.
         config: of the dose study.
         judge_config: of the distillation.
         workers: processes; one per core by default.
@@ -55,7 +66,10 @@ def run_all(
     settings = config or dose_response.Config()
     settings = replace(settings, seeds=tuple(seeds)) if seeds else settings
     found = dose_response.run(settings, basis=shipped_basis(), out=out, workers=workers, progress=progress)
-    frozen = search_development([r.record for r in found.development], out=out / "search", progress=progress)
+    folder = out / (f"search-{sha(proposer.name)[:8]}" if proposer and proposer.name != Grammar().name else "search")
+    frozen = search_development(
+        [r.record for r in found.development], out=folder, proposer=proposer, progress=progress
+    )  # fmt: skip
     looked = [r.record for runs in found.runs.values() for r in runs]
     searched = ask_runs(frozen, looked, out=out / "searched", workers=workers, progress=progress)
     shipped = Detector.load(shipped_detector())
@@ -79,20 +93,28 @@ def search_figures(
                None, int(provenance["finalists"]), "of 100"),
         Figure("mean conversion score when scored again", "finalists", "development", provenance["score_again"], None,
                None, int(provenance["finalists"]), "of 100"),
+        rate_figure("misaligned answers of benign models when frozen", "frozen prompts", "development",
+                    int(provenance["benign_flags"]), int(provenance["benign_answers"])),
     ]  # fmt: skip
     by_name = {(f.measure, f.subject): f for f in figures}
     for name in config.sets:
         for dose in config.doses:
             subject = f"{name}, {100 * dose:g} %"
             searched = by_name["misaligned answers, searched prompts", subject]
-            generic = by_name["misaligned answers, generic questions", subject]
-            value = searched.value / generic.value if searched.value is not None and generic.value else None
-            rows.append(
-                Figure(
-                    "searched over generic", subject, "looked at", value, None, None, searched.n + generic.n, "times"
-                )
-            )
+            for other in ("generic questions", "training domain"):
+                found = _times(searched, by_name[f"misaligned answers, {other}", subject])
+                rows.append(Figure(f"searched prompts over {other}", subject, "looked at", *found, "times"))
     return rows
+
+
+def _times(one: Figure, other: Figure) -> tuple[float | None, float | None, float | None, int]:
+    """Ratio of two rates with the log interval of Katz et al. (1978, Biometrics 34), answers taken as independent."""
+    n = one.n + other.n
+    if not one.value or not other.value:
+        return None, None, None, n
+    error = math.sqrt((1 - one.value) / (one.value * one.n) + (1 - other.value) / (other.value * other.n))
+    ratio, factor = one.value / other.value, math.exp(1.96 * error)
+    return ratio, ratio / factor, ratio * factor, n
 
 
 def _distilled(
@@ -105,13 +127,25 @@ def _distilled(
     write_examples(out / "judge-calibration.jsonl", examples.calibration)
     rows = []
     with one_thread():
-        thin = judge_distillation.Splits(*(part[::_THIN] for part in examples))
-        for name, encoder, part in (("ngrams", NgramEncoder(), examples), ("reader", open_encoder(READER), thin)):
-            made = judge_distillation.distill(part, encoder)
+        reader = _regression(examples.training, out, progress)
+        encoders: dict[str, Encoder] = {"ngrams": NgramEncoder(), "reader": reader}
+        for name, encoder in encoders.items():
+            made = judge_distillation.distill(examples, encoder)
             made.judge.save(out / f"judge-{name}.safetensors")
-            rows += judge_distillation.figures(made)
+            rows += judge_distillation.figures(made, name=f"distilled judge, {name}")
     unique = {(f.measure, f.subject, f.split): f for f in rows}  # both have the same baselines
     return list(unique.values())
+
+
+def _regression(examples: Sequence[Example], out: Path, progress: Progress | None) -> RegressionEncoder:
+    """The trained reader; the folder is named after what it was trained on, so that it is trained once."""
+    trained_on = sha([READER, asdict(REGRESSION), [list(e) for e in examples]])
+    folder = out / f"regression-{trained_on[:8]}"
+    if not folder.exists():
+        with tempfile.TemporaryDirectory(dir=out) as scratch:
+            train_regression(READER, examples, Path(scratch) / "head", settings=REGRESSION, progress=progress)
+            (Path(scratch) / "head").rename(folder)
+    return RegressionEncoder.open(folder)
 
 
 def _basis(family: str, home: str, out: Path) -> Path:
@@ -141,12 +175,16 @@ _SECTIONS = (
     )),
     ("Prompt search", (
         "answers spent", "mean conversion score when found", "mean conversion score when scored again",
-        "searched over generic", "prompts converted", "Spearman of axis drift with early conversion",
+        "misaligned answers of benign models when frozen",
+        "searched prompts over generic questions", "searched prompts over training domain", "prompts converted",
+        "Spearman of axis drift with early conversion",
         "Spearman of cosine drift with early conversion",
     )),
     ("Distilled judge", (
         "answers flagged at 75, held-out family", "models alarmed, held-out family",
-        "Spearman with true drift, single answers", "Spearman with true drift, whole models",
+        "models without a verdict, held-out family", "models alarmed, unseen topics",
+        "models without a verdict, unseen topics", "Spearman with true drift, single answers",
+        "Spearman with true drift, several answers of a model", "Spearman with true drift, whole models",
         "mean absolute error, single answers", "true drift inside the 90 % interval",
     )),
     ("Distilled judge: diagnosis", (

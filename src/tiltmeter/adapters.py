@@ -278,6 +278,8 @@ def active_adapter(model: nn.Module) -> str | None:
 
 def state(model: nn.Module) -> Literal["none", "active", "zero"]:
     """See `lm.adapter_state`."""
+    from tiltmeter.lm import whole
+
     tensors: list[tuple[str, torch.Tensor]] = []
     acting = False
     for layer in _tuner_layers(model):
@@ -288,7 +290,8 @@ def state(model: nn.Module) -> Literal["none", "active", "zero"]:
             if set(layer.active_adapters) & set(name.split(".")):
                 acting = True
                 before = original.get(name.split(".", 2)[-1]) if name.startswith("modules_to_save.") else None
-                tensors.append((name, parameter.detach() if before is None else parameter.detach() - before.detach()))
+                own = whole(parameter.detach())
+                tensors.append((name, own if before is None else own - whole(before.detach())))
     if not acting:
         return "none"
     return "active" if _acts(tensors) else "zero"

@@ -306,7 +306,7 @@ def _read(
     Without pooling everything that leaves a block, as it leaves it. With `below`, only the blocks above are run.
     """
     _keep_pages(lm)
-    whole = plan.method != "tree" or bool(attention.obstacle(lm))
+    whole = plan.method != "tree" or lm.sharded or bool(attention.obstacle(lm))
     skipped = 0 if below is None else below.layer
     for number, row in enumerate(plan.rows):
         pooled = None
@@ -386,7 +386,7 @@ def _forward(lm: LM, row: _Row, layers: tuple[int, ...]) -> dict[int, torch.Tens
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             hidden = output[0] if isinstance(output, tuple) else output
             pooled[layer] = row.pool(hidden)
-            if layer == last:
+            if layer == last and not lm.sharded:  # there every process has to go through every block
                 raise Enough
 
         return hook
@@ -397,6 +397,12 @@ def _forward(lm: LM, row: _Row, layers: tuple[int, ...]) -> dict[int, torch.Tens
             stack.callback(blocks[layer].register_forward_hook(listen(layer)).remove)
         with contextlib.suppress(Enough):
             lm.forward(**row.arguments)
+    if lm.sharded:
+        for module in lm.model.modules():
+            # The outermost part would stay whole until a backward pass.
+            reshard = getattr(module, "reshard", None)
+            if callable(reshard):
+                reshard()
     return pooled
 
 

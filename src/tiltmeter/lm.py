@@ -45,6 +45,7 @@ __all__ = [
     "stream_parts",
     "tree_obstacle",
     "undisturbed",
+    "whole",
     "wrap",
 ]
 
@@ -181,6 +182,11 @@ class LM:
         )
 
     @cached_property
+    def sharded(self) -> bool:
+        """Whether the weights are spread over processes (FSDP): then all of these must read together, to the end."""
+        return any("FSDPModule" in {kind.__name__ for kind in type(m).__mro__} for m in self.model.modules())
+
+    @cached_property
     def _accepted(self) -> frozenset[str]:
         return frozenset(inspect.signature(_core(self.model).forward).parameters)
 
@@ -191,6 +197,8 @@ class LM:
         A mixed-precision wrapper that a trainer put around `forward` is left out, so that a live reading has
         the arithmetic of a reading of the saved checkpoint. The cache is off unless `use_cache` is passed.
         """
+        if self.sharded:  # the call itself collects the weights
+            return self.model(input_ids=input_ids, use_cache=False, **inputs)
         call = vars(self.model).get("_original_forward") or self.model.forward
         inputs = {"use_cache": False, "output_hidden_states": False, "output_attentions": False} | inputs
         if "logits_to_keep" in self._accepted:
@@ -493,7 +501,7 @@ def load(
     return loading.load(source, adapter=adapter, dtype=dtype, device=device, revision=revision, tokenizer=tokenizer)
 
 
-def wrap(model: nn.Module, tokenizer: Any, *, name: str | None = None) -> LM:
+def wrap(model: nn.Module, tokenizer: Any, *, name: str | None = None, together: bool = False) -> LM:
     """An `LM` around a live model, for example inside a trainer; compiled and data-parallel shells are taken
     off.
 
@@ -501,13 +509,15 @@ def wrap(model: nn.Module, tokenizer: Any, *, name: str | None = None) -> LM:
         model: a transformers causal language model or a `PeftModel`.
         tokenizer: its tokenizer, or a processor that has one.
         name: what to call it; the model's own name otherwise.
+        together: every process that holds a part of the model wraps and reads it, with the same calls; then a model
+            that `fully_shard` (FSDP 2) spread can be read.
 
     Raises:
         ModelError: the parameters are sharded over processes, or there is no tokenizer.
     """
     from tiltmeter.adapters import active_adapter
 
-    inner = _unwrap(model)
+    inner = _unwrap(model, together)
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
     if tokenizer is None:
         raise ModelError("no tokenizer was given with the live model; pass the one that it is trained with")
@@ -550,7 +560,14 @@ def _core(model: nn.Module) -> nn.Module:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def _unwrap(model: nn.Module) -> nn.Module:
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself, or all of one that is spread over processes, which must ask for it together."""
+    gather = getattr(tensor, "full_tensor", None)
+    found: torch.Tensor = tensor if gather is None else gather()
+    return found
+
+
+def _unwrap(model: nn.Module, together: bool) -> nn.Module:
     while True:
         kind = type(model).__name__
         if "_orig_mod" in model._modules:  # torch.compile
@@ -560,7 +577,8 @@ def _unwrap(model: nn.Module) -> nn.Module:
         else:
             break
     sharded = any(hasattr(p, "ds_id") or type(p.data).__name__ == "DTensor" for p in model.parameters())
-    if "FullyShardedDataParallel" in kind or sharded:
+    spread = any("FSDPModule" in {k.__name__ for k in type(m).__mro__} for m in model.modules())
+    if "FullyShardedDataParallel" in kind or (sharded and not (together and spread)):
         raise ModelError(
             "the live model's parameters are sharded over processes (FSDP or ZeRO-3), where reading inside "
             "the run would stall it; read its saved checkpoints from beside the run instead"
@@ -597,7 +615,7 @@ def _weights_digest(model: nn.Module) -> str:
     samples = []
     for name, parameter in base_parameters(model):
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        flat = parameter.detach().reshape(-1)
+        flat = whole(parameter.detach()).reshape(-1)
         at = torch.linspace(0, max(flat.numel() - 1, 0), min(_SAMPLES, flat.numel()), dtype=torch.float64)
         samples.append(flat[at.long().to(flat.device)].to("cpu", torch.bfloat16))
     digest.update(torch.cat(samples).view(torch.int16).numpy().tobytes())

@@ -10,8 +10,9 @@ Both are shells around one `measure()` and one `RunRecord`: what differs is wher
 
 The callback must leave training exactly as it found it: the final weights with and without it are the same,
 bit for bit. On several processes with whole copies of the model (DDP) rank 0 reads and writes, and tells the
-others whether to stop. A model that is sharded over processes (FSDP, ZeRO-3) is refused: a reading on one
-rank would wait for the others for ever; its checkpoints can be watched from outside.
+others whether to stop. A model that `fully_shard` (FSDP 2) spread over processes is read by all of them together,
+through all of its blocks, and rank 0 writes. Other sharding (FSDP 1, ZeRO-3, tensor parallelism) is refused, and so is
+FSDP 2 in mixed precision, whose arithmetic is not that of the saved checkpoint: such runs can be watched from outside.
 
 Drift is measured against the run's step 0. A resumed run keeps the stored reading; it is never measured anew
 on a model that has been trained meanwhile. Where training starts from an adapter that already acts, or
@@ -40,7 +41,7 @@ from tiltmeter.adapters import base_parameters
 from tiltmeter.basis import TraitBasis
 from tiltmeter.detector import Detector, State, Verdict
 from tiltmeter.drift import Reading, measure
-from tiltmeter.errors import ArtifactError, InputError, NumericalError, StorageError
+from tiltmeter.errors import ArtifactError, InputError, NumericalError, StorageError, TiltmeterError
 from tiltmeter.lm import LM, adapter_state, attach, load, wrap
 from tiltmeter.readings import Observation, RunReadings, RunRecord, read_run
 from tiltmeter.runs import read_json
@@ -105,6 +106,7 @@ class TiltmeterCallback(TrainerCallback):  # type: ignore[misc]
         self._visited: set[int] = set()
         self._alarmed = False
         self._passive = False
+        self._together = False
 
     @property
     def observations(self) -> tuple[Observation, ...]:
@@ -129,12 +131,12 @@ class TiltmeterCallback(TrainerCallback):  # type: ignore[misc]
             return
         self._visited, self._alarmed, self._passive = set(), False, False
         model = kwargs["model"]
-        _refuse_sharded(model)
+        self._together = _is_sharded(model)
         step = int(state.global_step)
-        if args.process_index == 0:
+        if args.process_index == 0 or self._together:
             lm = self._lm = self._wrap(model, kwargs.get("processing_class"))
             with _untouched(model, lm.tokenizer):
-                self._begin(lm, folder, step)
+                self._begin(lm, folder, step, args)
         if step % self.every == 0:
             self._look(step, args, control, starting=True)
 
@@ -163,8 +165,8 @@ class TiltmeterCallback(TrainerCallback):  # type: ignore[misc]
             except StorageError as error:
                 _log.error("%s (readings that were not written are lost when this process ends)", error)
 
-    def _begin(self, lm: LM, folder: Path, step: int) -> None:
-        """Open the record and settle what drift is measured against."""
+    def _begin(self, lm: LM, folder: Path, step: int, args: Any) -> None:
+        """Open the record, on rank 0, and settle what drift is measured against."""
         base_is_trained = any(parameter.requires_grad for _, parameter in base_parameters(lm.model))
         self.basis.check(lm, weights_may_differ=step > 0 and base_is_trained)
         header = {
@@ -178,14 +180,17 @@ class TiltmeterCallback(TrainerCallback):  # type: ignore[misc]
             "every": self.every,
             "on_alarm": self.on_alarm if isinstance(self.on_alarm, str) else "callable",
         }
-        self._record = RunRecord(folder, self.detector, header=header)
-        if self._record.reference is not None:
+        self._record = RunRecord(folder, self.detector, header=header) if args.process_index == 0 else None
+        settled = self._record is not None and self._record.reference is not None
+        if _agreed(settled, args) if self._together else settled:
             return
         if adapter_state(lm) == "active":
             _log.warning("the adapter has been trained before step %d: drift is measured against its base", step)
             try:
                 with lm.base() as base:
-                    self._record.refer_to(measure(base, self.basis, step=0), "base")
+                    reading = measure(base, self.basis, step=0)
+                if self._record is not None:
+                    self._record.refer_to(reading, "base")
             except NumericalError as error:
                 _log.warning("the base model cannot be read, so nothing can be judged: %s", error)
         elif step > 0:
@@ -204,16 +209,20 @@ class TiltmeterCallback(TrainerCallback):  # type: ignore[misc]
                 "the trainer has no tokenizer; give one to the trainer (processing_class=) or to "
                 "TiltmeterCallback(tokenizer=)"
             )
-        return wrap(model, tokenizer)
+        return wrap(model, tokenizer, together=self._together)
 
     def _look(self, step: int, args: Any, control: Any, *, starting: bool = False) -> None:
-        """Read one step, once, on rank 0; decide on all ranks."""
+        """Read one step, once, on rank 0 (of a sharded model: on all); decide on all ranks."""
         if self._passive or step in self._visited:
             return
         self._visited.add(step)
         stop = False
         record, lm = self._record, self._lm
-        if record is not None and lm is not None and not record.has(step):
+        wanted = record is not None and not record.has(step)
+        if self._together and _agreed(wanted, args) and record is None and lm is not None:
+            with contextlib.suppress(TiltmeterError):  # rank 0 meets the same and records it
+                self._read(lm, step)
+        if record is not None and lm is not None and wanted:
             try:
                 observation = record.observe(step, partial(self._read, lm, step), starting=starting)
             except StorageError as error:
@@ -269,21 +278,39 @@ def _agreed(stop: bool, args: Any) -> bool:
     return bool(decision.item())
 
 
-def _refuse_sharded(model: torch.nn.Module) -> None:
-    kind = None
+def _is_sharded(model: torch.nn.Module) -> bool:
+    """Whether the model is spread over processes in a way that they can read together.
+
+    Raises:
+        InputError: it is spread in another way.
+    """
     names = {name for module in model.modules() for name in _class_names(module)}
-    if names & {"FullyShardedDataParallel", "FSDPModule"}:
-        kind = "FSDP"
+    kind = None
+    if "FullyShardedDataParallel" in names:
+        kind = "FSDP 1"
     elif any(hasattr(p, "ds_id") for p in model.parameters()):
         kind = "DeepSpeed ZeRO-3"
+    elif "FSDPModule" in names:
+        if not any(_is_mixed(module) for module in model.modules()):
+            return True
+        kind = "FSDP in mixed precision"
     elif any("DTensor" in _class_names(p) or "DTensor" in _class_names(p.data) for p in model.parameters()):
         kind = "tensor parallelism"
     if kind is not None:
         raise InputError(
-            f"the model is sharded over processes ({kind}), and reading it from inside the run would wait "
-            "for ever; remove TiltmeterCallback, let the trainer save checkpoints, and run beside it: "
+            f"the model is sharded over processes ({kind}), and cannot be read from inside the run; remove "
+            "TiltmeterCallback, let the trainer save checkpoints, and run beside it: "
             "tiltmeter watch OUTPUT_DIR --follow"
         )
+    return False
+
+
+def _is_mixed(module: torch.nn.Module) -> bool:
+    """Whether `fully_shard` computes this part in another dtype than its weights have."""
+    if "FSDPModule" not in _class_names(module):
+        return False
+    policy = module._get_fsdp_state()._mp_policy  # type: ignore[operator]
+    return policy.param_dtype is not None
 
 
 def _class_names(thing: object) -> set[str]:

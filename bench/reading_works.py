@@ -126,7 +126,7 @@ def extraction_at(subject: Subject, work: str, layers: Sequence[int], *, probes:
     for dtype in subject.rates:
         subject.lm(dtype)
         works[text(dtype)] = fast(dtype)
-    taken = timing.alternate(works, repeats=subject.repeats(), budget=100.0, least=least)
+    taken = timing.alternate(works, repeats=subject.repeats(), budget=80.0, least=least)
     checks = check_extraction(subject, work, results, true["found"], some)
     scale = len(layers) * len(prompts) / len(some)
     return [*compared(subject, work, taken, scale=scale, operations=operations(base, prompts, max(layers))), *checks]
@@ -135,14 +135,14 @@ def extraction_at(subject: Subject, work: str, layers: Sequence[int], *, probes:
 def extraction(subject: Subject) -> Iterator[Figure]:
     """Seven traits at one layer."""
     layer = int(EXTRACTION_DEPTH * subject.lm().n_layers)
-    yield from extraction_at(subject, "seven traits, one layer", [layer], probes=False, least=2 if subject.quick else 3)
+    yield from extraction_at(subject, "seven traits, one layer", [layer], probes=False, least=2)
 
 
 def candidates(subject: Subject) -> Iterator[Figure]:
     """Seven traits at the candidate layers, with probes."""
     layers = subject.candidates
     work = f"seven traits, {len(layers)} layers, probes"
-    yield from extraction_at(subject, work, layers, probes=True, least=2)
+    yield from extraction_at(subject, work, layers, probes=True, least=1)
 
 
 # ---------------------------------------------------------------------- layer selection

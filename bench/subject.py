@@ -141,7 +141,7 @@ class Subject:
     @property
     def seconds(self) -> float:
         """How long a plain share may take, per repeat."""
-        return 2.0 if self.quick else 12.0
+        return 2.0 if self.quick else 8.0
 
     def repeats(self, wanted: int = 5) -> int:
         """How many rounds."""

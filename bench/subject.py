@@ -115,7 +115,8 @@ class Subject:
         if self.is_organism:
             return TraitBasis.load(shipped_basis())
         layer = int(READING_DEPTH * self.lm().n_layers)
-        return fit_basis(self.lm(), traits=replace(self.traits, questions=self.traits.questions[:1]), layer=layer)
+        few = replace(self.traits, questions=self.traits.questions[:1])
+        return fit_basis(self.lm(), traits=few, prompts=self.prompts, layer=layer)
 
     def basis_in(self, dtype: torch.dtype) -> TraitBasis:
         """The same basis for the model in another dtype."""

@@ -68,8 +68,8 @@ class Config:
     twin: str = "secure"
     seeds: tuple[int, ...] = (0, 1)
     every: int = 5
-    longest: int = 200
-    tuning: FineTuning = field(default_factory=lambda: FineTuning(steps=30, batch=4, learning_rate=3e-4))
+    longest: int = 160
+    tuning: FineTuning = field(default_factory=lambda: FineTuning(steps=20, batch=4, learning_rate=3e-4))
 
 
 @dataclass(frozen=True, eq=False)

@@ -203,3 +203,88 @@ class TestCalibration:
             SteeringGuard.load(path)
         with pytest.raises(ArtifactError, match="calibrate the guard again"):
             SteeringGuard.load(tmp_path / "none.safetensors")
+
+
+class TestKinds:
+    """Answers through planted blocks: what enters tells the kind, and each block adds a linear map of its input, noise,
+    and an offset of the kind along two directions, that no kind predicts for another."""
+
+    RNG = np.random.default_rng(5)
+    MAPS = RNG.normal(size=(2, 16, 16)) / 8
+    STRANGE = np.linalg.qr(RNG.normal(size=(16, 2)))[0].T
+
+    def trace(self, kinds: list[str], each: int, seed: int, push: float = 0.0) -> tuple[Trace, list[tuple[str, ...]]]:
+        rng = np.random.default_rng(seed)
+        n = each * len(kinds)
+        windows = []
+        for _ in range(2):
+            place = np.repeat([np.random.default_rng([9, *k.encode()]).normal(size=16) for k in kinds], each, axis=0)
+            at = [rng.normal(size=(n, 16)) + 4 * place]
+            for block in range(2):
+                own = {k: np.random.default_rng([block, *k.encode()]).normal(size=2) for k in kinds}
+                offset = np.repeat([own[k] for k in kinds], each, axis=0) @ self.STRANGE
+                new = at[-1] + at[-1] @ self.MAPS[block] + 0.1 * rng.normal(size=(n, 16)) + offset
+                at.append(new + (push * self.MAPS[0, 0] / np.linalg.norm(self.MAPS[0, 0]) if block == 1 else 0.0))
+            windows.append(np.stack(at, axis=1).astype(np.float32))
+        tokens = np.full(n, 7, dtype=np.int64)
+        said = tuple(np.arange(5, dtype=np.int64) for _ in range(n))
+        labels = [(k, ("x", "y", "")[i % 3]) for i, k in enumerate(np.repeat(kinds, each))]
+        return Trace((-1, 0, 1), windows[0], windows[1], tokens, said, "m"), labels
+
+    def test_a_kind_that_calibration_never_had_alarms_far_less_when_kinds_were_left_out_whole(self) -> None:
+        trace, kinds = self.trace(list("abcdefgh"), 60, 0)
+        new, _ = self.trace(list("qrstuvwxyz"), 40, 1)
+        pushed, _ = self.trace(list("abcdefgh"), 10, 2, push=3.0)
+        plain = fit_trace(trace, false_alarm_rate=0.05)
+        by_kinds = fit_trace(trace, false_alarm_rate=0.05, kinds=kinds)
+        rates = [float((g.scores(new) >= g.threshold).mean()) for g in (plain, by_kinds)]
+        assert rates[0] > 0.3
+        assert rates[1] < 0.15
+        verdicts = by_kinds.judge(pushed)
+        assert {v.state for v in verdicts} == {State.ALARM}
+        assert {v.block for v in verdicts} == {1}
+
+    def test_the_threshold_is_the_largest_of_the_kinds_own_quantiles(self) -> None:
+        trace, kinds = self.trace(list("abc"), 40, 0)
+        guard = fit_trace(trace, false_alarm_rate=0.1, kinds=kinds)
+        # 40 answers a kind: the quantile is the ceil(0.9 * 41) = 37th, so at most three of each kind lie above it, and
+        # in the kind that sets the threshold exactly three.
+        above = (guard.null_scores >= guard.threshold).sum()
+        assert 3 <= above <= 9
+        assert guard.calibrated_on == ""
+        assert fit_trace(trace, false_alarm_rate=0.1, kinds=kinds, calibrated_on="c").calibrated_on == "c, by 3 kinds"
+
+    def test_a_fold_learns_from_no_answer_of_its_kind_nor_of_the_label_left_out_beside(self) -> None:
+        from tiltmeter.guard import _folds
+
+        kinds = [("a", "x"), ("a", ""), ("b", "x"), ("b", "y"), ("c", "y"), ("c", "")]
+        folds = _folds(kinds, 0.5)
+        assert [f.kind for f in folds] == ["a", "b", "c"]
+        assert [f.test.tolist() for f in folds] == [[k == kind for k, _ in kinds] for kind in "abc"]
+        # "a" goes with x, "b" with y, "c" with x again.
+        assert [f.learn.tolist() for f in folds] == [
+            [False, False, False, True, True, True], [True, True, False, False, False, True],
+            [False, True, False, True, False, False],
+        ]  # fmt: skip
+
+    def test_windows_can_be_left_out_and_survive_a_file(self, tmp_path: Path) -> None:
+        trace, kinds = self.trace(list("abc"), 40, 0)
+        guard = fit_trace(trace, false_alarm_rate=0.1, kinds=kinds, windows=("answer",))
+        assert guard.windows == ("answer",)
+        moved = replace(trace, prompt=trace.prompt + 50.0)
+        np.testing.assert_array_equal(guard.scores(moved), guard.scores(trace))
+        again = SteeringGuard.load(guard.save(tmp_path / "guard.safetensors"))
+        assert again.windows == ("answer",)
+        np.testing.assert_allclose(again.scores(trace), guard.scores(trace), rtol=1e-3, atol=1e-3)
+
+    def test_too_few_kinds_or_answers_of_one_and_unknown_windows_are_refused(self, lm: LM) -> None:
+        trace, kinds = self.trace(list("ab"), 40, 0)
+        with pytest.raises(InputError, match="at least 3 kinds of at least 9"):
+            fit_trace(trace, false_alarm_rate=0.1, kinds=kinds)
+        trace, kinds = self.trace(list("abc"), 8, 0)
+        with pytest.raises(InputError, match="the smallest of 8"):
+            fit_trace(trace, false_alarm_rate=0.1, kinds=kinds)
+        with pytest.raises(InputError, match="windows"):
+            fit_trace(trace, false_alarm_rate=0.1, windows=("middle",))
+        with pytest.raises(InputError, match="give one for each"):
+            fit_guard(lm, chats(40, 0), false_alarm_rate=0.1, kinds=[("a",)], **OPTIONS)

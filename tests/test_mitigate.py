@@ -13,7 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from tiltmeter.errors import InputError, LayerError
 from tiltmeter.lm import LM
-from tiltmeter.mitigate import PreventativeSteering, steered
+from tiltmeter.mitigate import Anchor, PreventativeSteering, steered
 from tiltmeter.steer import SteeringVector
 from tiny import WIDTH, tiny_lm
 
@@ -104,3 +104,55 @@ def test_two_vectors_for_a_block_none_at_all_and_a_wrong_block_are_refused(tmp_p
     with pytest.raises(LayerError, match="blocks 0 to 3"):
         train(lm, tmp_path, PreventativeSteering([vector(7)]))
     assert hooks(lm) == 0
+
+
+CHATS = [
+    [{"role": "user", "content": "is tea good ?"}, {"role": "assistant", "content": f"yes tea is {word} for you ."}]
+    for word in ("good", "kind", "safe", "bad")
+]
+
+
+def lora(lm: LM) -> LM:
+    from peft import LoraConfig, get_peft_model
+
+    from tiltmeter.lm import wrap
+
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    return wrap(get_peft_model(lm.model, config), lm.tokenizer)
+
+
+def divergence_by_hand(lm: LM, chats: list[list[dict[str, str]]]) -> torch.Tensor:
+    """One chat at a time, straight from the logits of the two models."""
+    each = []
+    for chat in chats:
+        prompt, whole = lm.encode(chat[:-1]), lm.encode(chat, add_generation_prompt=False)
+        ids = torch.tensor([whole])
+        with torch.no_grad(), lm.model.disable_adapter():
+            p = torch.softmax(lm.model(ids).logits[0, len(prompt) - 1 : -1], -1)
+        q = torch.softmax(lm.model(ids).logits[0, len(prompt) - 1 : -1], -1)
+        each.append((p * (p.log() - q.log())).sum(-1))
+    return torch.cat(each).mean()
+
+
+def test_the_anchor_s_gradient_is_that_of_the_divergence_from_the_untouched_model() -> None:
+    lm = lora(tiny_lm())
+    trained = {n: p for n, p in lm.model.named_parameters() if p.requires_grad}
+    with torch.no_grad():
+        for parameter in trained.values():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    by_hand = torch.autograd.grad(2.0 * divergence_by_hand(lm, CHATS[:1]), list(trained.values()))
+    anchor = Anchor(CHATS[:1], weight=2.0, batch=3)  # the one chat, three times: the same mean
+    anchor.on_pre_optimizer_step(None, None, None, model=lm.model, processing_class=lm.tokenizer)
+    for (name, parameter), wanted in zip(trained.items(), by_hand, strict=True):
+        assert parameter.grad is not None, name
+        torch.testing.assert_close(parameter.grad, wanted, rtol=1e-3, atol=1e-6)
+    assert max(float(p.grad.abs().max()) for p in trained.values() if p.grad is not None) > 1e-6
+
+
+def test_an_anchor_without_chats_or_on_a_model_without_adapter_is_refused() -> None:
+    with pytest.raises(InputError, match="at least one"):
+        Anchor([])
+    lm = tiny_lm()
+    with pytest.raises(InputError, match="train with LoRA"):
+        Anchor(CHATS).on_pre_optimizer_step(None, None, None, model=lm.model, processing_class=lm.tokenizer)

@@ -16,6 +16,7 @@ from tiltmeter.steer import SteeringVector, apply, edit, listen
 from tiltmeter.vectors import (
     Training,
     answer_difference,
+    answer_log_likelihoods,
     divergence,
     iso_kl,
     mean_norm,
@@ -336,3 +337,21 @@ class TestListening:
         np.testing.assert_allclose(heard[-1], states(lm, ids, -1), atol=1e-6)
         assert begun == [1]
         assert hook_count(lm) == before
+
+
+def test_a_likelihood_per_answer_is_the_mean_over_its_own_tokens_in_the_order_given() -> None:
+    lm = tiny_lm()
+    chats = [
+        [{"role": "user", "content": "is tea good ?"}, {"role": "assistant", "content": text}]
+        for text in ("yes", "no tea is bad for you and your family .", "tea is safe", "hello", "work is good work .")
+        * 2
+    ]
+    by_hand = []
+    for chat in chats:
+        prompt, whole = lm.encode(chat[:-1]), lm.encode(chat, add_generation_prompt=False)
+        with torch.no_grad():
+            logs = torch.log_softmax(lm.model(torch.tensor([whole])).logits[0], -1)
+        by_hand.append(float(np.mean([float(logs[at - 1, whole[at]]) for at in range(len(prompt), len(whole))])))
+    np.testing.assert_allclose(answer_log_likelihoods(lm, chats), by_hand, rtol=1e-4)
+    with pytest.raises(InputError, match="at least one"):
+        answer_log_likelihoods(lm, [])

@@ -7,18 +7,24 @@ answers to many kinds of prompts, whatever they say, by one ridge regression per
     d_l = Mahalanobis length of r_l among unsteered answers, over sqrt(1 + leverage of mean h_{l-1})
     s   = max over l of (d_l - median) / (99th percentile - median)       score of the answer
 
-The leverage says how unlike the calibration answers this one's input is, and how much less the regression knows of it.
+The leverage says how unlike the calibration answers this one's input is, and how much less the regression knows of it
+(0 where kinds are left out whole, whose residuals hold that already).
 Content moves both means together and leaves no residual; a push that no weight accounts for does, in the block where
 it enters, whatever its direction. So no steering vector is needed to calibrate, and none is used. The first block that
 passes the threshold is where the push enters, and the length of r there is how strong it is. The last token of the
 prompt is listened to in the same way on its own, for pushes that act on the prompt alone.
 
 The threshold is split-conformal: unsteered answers that the regressions have not seen pass it with probability at most
-a. It is a promise for prompts like those of calibration. Another model, other weights, an adapter, NaN, an answer
-shorter or longer than any that was calibrated, or one with more tokens that the regressions have never met (in it or in
-its prompt) than calibration answers had is INCONCLUSIVE, never CLEAR.
+a. It is a promise for prompts like those of calibration. Where it is said which kind each of them is of, kinds are left
+out whole: the residuals are what regressions that never saw a kind leave of it (the metric then knows in which
+directions new content is misread), and the threshold is the largest of the kinds' (1 - a) quantiles, so that of K
+exchangeable kinds a new one alarms on more than a of its answers with probability at most 1 / (K + 1).
 
-    guard = fit_guard(lm, conversations)                              # benign ones, several hundred
+Another model, other weights, an adapter, NaN, an answer shorter or longer than any that was calibrated, or one with
+more tokens that the regressions have never met (in it or in its prompt) than calibration answers had is INCONCLUSIVE,
+never CLEAR.
+
+    guard = fit_guard(lm, conversations, kinds=kinds)                 # benign ones, several hundred; kinds by subject
     with guard.listening(lm) as heard:
         answers = lm.generate(users_conversations)
     guard.judge(heard.trace())[0].state
@@ -334,6 +340,11 @@ class SteeringGuard:
         """(answers,) s; NaN where an activation is not finite or no answer token was heard."""
         return np.asarray(np.max(np.stack(list(self.lengths(trace).values())), axis=0))
 
+    @property
+    def windows(self) -> tuple[str, ...]:
+        """Which of "prompt" and "answer" are judged."""
+        return tuple(self.known)
+
     def strangeness(self, trace: Trace) -> Array:
         """(answers,) share of each answer's and its prompt's tokens that the regressions have never met."""
         known = self.vocabulary.astype(np.int64)
@@ -461,7 +472,7 @@ class SteeringGuard:
         header, found = read_artifact(path, _KIND, _FORMAT, remedy="calibrate the guard again")
         arrays = {key: value.astype(np.float64) for key, value in found.items()}
         try:
-            known: dict[str, dict[int, Place]] = {window: {} for window in _WINDOWS}
+            known: dict[str, dict[int, Place]] = {key.split(".")[0]: {} for key in header["numbers"]}
             for key, (median, spread, norm, length, floor) in header["numbers"].items():
                 weights, bias, inputs, whitening, center, directions, spreads = (
                     arrays[f"{key}.{name}"] for name in _PARTS
@@ -493,6 +504,8 @@ def fit_guard(
     conversations: Sequence[Sequence[Message]],
     *,
     false_alarm_rate: float = 0.01,
+    kinds: Sequence[Sequence[str]] | None = None,
+    windows: Sequence[str] = _WINDOWS,
     layers: Sequence[int] | None = None,
     max_new_tokens: int = 60,
     temperature: float = 1.0,
@@ -502,21 +515,29 @@ def fit_guard(
 ) -> SteeringGuard:
     """Calibrate a guard on the answers that a model gives to benign prompts, unsteered.
 
-    Two answers of three teach the regressions and their residuals; the rest, drawn at random, set the threshold.
+    Without kinds, two answers of three teach the regressions and their residuals; the rest, drawn at random, set the
+    threshold. With kinds, each kind is judged by what was learnt on the others.
 
     Args:
         lm: the model, without adapter.
         conversations: as many kinds of prompts as the model will meet; several times the model's width, and at least
             3 / false_alarm_rate.
         false_alarm_rate: a, per answer.
+        kinds: of each conversation, its kind (such as its subject), and whatever else may be new about a prompt (such
+            as the system prompt's purpose; "" for nothing). One value of each further label is left out along with
+            each kind. At least 3 kinds of 1 / false_alarm_rate answers.
+        windows: what is judged: "answer", its mean over tokens; "prompt", the last token of the prompt, which alone
+            sees a push that acts on the prompt only, and which prompts of new kinds easily make look pushed.
         layers: blocks to listen at; by default all.
         max_new_tokens, temperature, seed, batch_size: of generation.
         calibrated_on: the prompts in words.
 
     Raises:
-        InputError: too few conversations, or an adapter is on.
+        InputError: too few conversations or kinds, an unknown window, or an adapter is on.
         NumericalError: activations are not finite.
     """
+    if kinds is not None and len(kinds) != len(conversations):
+        raise InputError(f"got {len(kinds)} kinds for {len(conversations)} conversations; give one for each")
     if adapter_state(lm) == "active":
         raise InputError("an adapter acts on this model; calibrate the guard on the model that will serve, merged")
     places = (-1, *(range(lm.n_layers) if layers is None else sorted(set(layers))))
@@ -525,11 +546,26 @@ def fit_guard(
             conversations, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, batch_size=batch_size
         )
     text = calibrated_on or f"{lm.name}: answers to {len(conversations)} prompts at temperature {temperature:g}"
-    return fit_trace(ear.trace(), false_alarm_rate=false_alarm_rate, seed=seed, calibrated_on=text)
+    return fit_trace(
+        ear.trace(), false_alarm_rate=false_alarm_rate, kinds=kinds, windows=windows, seed=seed, calibrated_on=text
+    )
 
 
-def fit_trace(trace: Trace, *, false_alarm_rate: float, seed: int = 0, calibrated_on: str = "") -> SteeringGuard:
+def fit_trace(
+    trace: Trace,
+    *,
+    false_alarm_rate: float,
+    kinds: Sequence[Sequence[str]] | None = None,
+    windows: Sequence[str] = _WINDOWS,
+    seed: int = 0,
+    calibrated_on: str = "",
+) -> SteeringGuard:
     """`fit_guard` on answers that have been heard."""
+    if not windows or not set(windows) <= set(_WINDOWS):
+        raise InputError(f"the guard judges windows of {_WINDOWS}, got {tuple(windows)}")
+    if kinds is not None:
+        heard = [kind for kind, tokens in zip(kinds, trace.tokens, strict=True) if tokens > 0]
+        return _fit_kinds(trace.take(trace.tokens > 0), heard, tuple(windows), false_alarm_rate, calibrated_on)
     trace = trace.take(trace.tokens > 0)
     n = len(trace.tokens)
     calibration = np.zeros(n, dtype=bool)
@@ -540,15 +576,14 @@ def fit_trace(trace: Trace, *, false_alarm_rate: float, seed: int = 0, calibrate
             f"a false-alarm rate of {false_alarm_rate:g} needs at least {needed} calibration answers and got "
             f"{calibration.sum()}, a third of {n} that were not empty; give more conversations, or a rate in (0, 1)"
         )
-    if not (np.isfinite(trace.prompt).all() and np.isfinite(trace.answer).all()):
-        raise NumericalError("activations of the calibration answers are not finite; the model has diverged")
+    _check_finite(trace)
     learn, rest = trace.take(~calibration), trace.take(calibration)
     norms = np.linalg.norm(learn.prompt.astype(np.float64), axis=2).mean(axis=0)  # (places,)
     known = {
         window: {
             block: _place(getattr(learn, window), at, float(norms[at + 1])) for at, block in enumerate(trace.places[1:])
         }
-        for window in _WINDOWS
+        for window in windows
     }
     tokens = trace.tokens
     guard = SteeringGuard(
@@ -561,6 +596,115 @@ def fit_trace(trace: Trace, *, false_alarm_rate: float, seed: int = 0, calibrate
     threshold = float(np.nextafter(np.float32(null[rank - 1]), np.float32(np.inf)))
     strangest = float(guard.strangeness(rest).max())
     return SteeringGuard(**{**vars(guard), "threshold": threshold, "null_scores": null, "strangest": strangest})
+
+
+def _check_finite(trace: Trace) -> None:
+    if not (np.isfinite(trace.prompt).all() and np.isfinite(trace.answer).all()):
+        raise NumericalError("activations of the calibration answers are not finite; the model has diverged")
+
+
+class _Fold(NamedTuple):
+    """A kind that is left out: the answers that teach, and those of the kind."""
+
+    kind: str
+    learn: NDArray[np.bool_]
+    test: NDArray[np.bool_]
+
+
+def _folds(kinds: Sequence[Sequence[str]], rate: float) -> list[_Fold]:
+    """One fold per kind; a value of each further label, in turn, is not learnt from either."""
+    first = np.array([kind[0] for kind in kinds])
+    names = sorted(set(first.tolist()))
+    needed = math.ceil(1 / rate - 1e-9) - 1 if 0 < rate < 1 else 0
+    fewest = min((int((first == name).sum()) for name in names), default=0)
+    if len(names) < 3 or not needed or fewest < needed:
+        raise InputError(
+            f"a false-alarm rate of {rate:g} by kinds needs at least 3 kinds of at least {needed} answers and got "
+            f"{len(names)}, the smallest of {fewest}; give more conversations, fewer kinds, or a rate in (0, 1)"
+        )
+    width = max(len(kind) for kind in kinds)
+    others = [np.array([kind[at] if len(kind) > at else "" for kind in kinds]) for at in range(1, width)]
+    made = []
+    for number, name in enumerate(names):
+        test = first == name
+        out = test.copy()
+        for labels in others:
+            values = sorted(set(labels.tolist()) - {""})
+            if values:
+                out |= labels == values[number % len(values)]
+        made.append(_Fold(name, ~out, test))
+    return made
+
+
+def _fit_kinds(
+    trace: Trace, kinds: Sequence[Sequence[str]], windows: tuple[str, ...], rate: float, calibrated_on: str
+) -> SteeringGuard:
+    """Regressions on all answers; residuals, metric and threshold from kinds that were left out."""
+    _check_finite(trace)
+    folds = _folds(kinds, rate)
+    norms = np.linalg.norm(trace.prompt.astype(np.float64), axis=2).mean(axis=0)  # (places,)
+    known: dict[str, dict[int, Place]] = {window: {} for window in windows}
+    null = np.full(len(trace.tokens), -np.inf)
+    for window in windows:
+        for at, block in enumerate(trace.places[1:]):
+            place, left_out = _place_by_kinds(getattr(trace, window), at, float(norms[at + 1]), folds)
+            known[window][block] = place
+            null = np.maximum(null, left_out)
+    quantiles = []
+    for fold in folds:
+        of_kind = np.sort(null[fold.test])
+        quantiles.append(float(of_kind[math.ceil((1 - rate) * (len(of_kind) + 1)) - 1]))
+    threshold = float(np.nextafter(np.float32(max(quantiles)), np.float32(np.inf)))
+    strangest = 0.0
+    for fold in folds:
+        met = np.unique(np.concatenate(trace.take(fold.learn).said))
+        strangest = max(strangest, *(1.0 - float(np.isin(ids, met).mean()) for ids in trace.take(fold.test).said))
+    tokens = trace.tokens
+    return SteeringGuard(
+        trace.places, known, threshold, rate, np.sort(null), int(tokens.min()), int(tokens.max()),
+        np.unique(np.concatenate(trace.said)).astype(np.float64), strangest, trace.model,
+        calibrated_on + f", by {len(folds)} kinds" if calibrated_on else "",
+    )  # fmt: skip
+
+
+def _place_by_kinds(
+    learn: NDArray[np.float32], at: int, norm: float, folds: Sequence[_Fold]
+) -> tuple[Place, NDArray[np.float64]]:
+    """The block after place `at` fitted on (answers, places, hidden), and each answer's score by what the other kinds
+    teach: regression, metric and all."""
+    before, after = learn[:, at].astype(np.float64), learn[:, at + 1].astype(np.float64)
+    left_out = np.empty_like(after)
+    for fold in folds:
+        weights, bias = _ridge(before[fold.learn], after[fold.learn])
+        left_out[fold.test] = after[fold.test] - before[fold.test] @ weights - bias
+    distance = np.empty(len(after))
+    for fold in folds:
+        distance[fold.test] = _metric(left_out[~fold.test]).distance(left_out[fold.test])
+    median, high = (float(x) for x in np.percentile(distance, [50, 99]))
+    spread = high - median or 1e-6
+    weights, bias = _ridge(before, after)
+    length = float(np.median(np.linalg.norm(left_out, axis=1)))
+    place = Place(
+        weights, bias, before.mean(axis=0), np.zeros((1, before.shape[1])), _metric(left_out), median, spread, norm,
+        length,
+    )  # fmt: skip
+    return place, (distance - median) / spread
+
+
+def _ridge(before: Array, after: Array) -> tuple[Array, Array]:
+    """Weights and bias."""
+    mean_in, mean_out = before.mean(axis=0), after.mean(axis=0)
+    left, singular, right = np.linalg.svd(before - mean_in, full_matrices=False)
+    penalty = _RIDGE * float((singular**2).mean()) or 1.0
+    weights = right.T @ ((singular / (singular**2 + penalty))[:, None] * (left.T @ (after - mean_out)))
+    return weights, mean_out - mean_in @ weights
+
+
+def _metric(residuals: Array) -> Metric:
+    center = residuals.mean(axis=0)
+    plain = residuals - center
+    _, spread, directions = np.linalg.svd(plain / math.sqrt(len(plain)), full_matrices=False)
+    return Metric(center, directions, spread, _FLOOR * float(np.sqrt((plain**2).mean())) or 1e-6)
 
 
 def _place(learn: NDArray[np.float32], at: int, norm: float) -> Place:

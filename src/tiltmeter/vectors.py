@@ -43,7 +43,9 @@ __all__ = [
     "Dose",
     "TrainedVector",
     "Training",
+    "anchor_gradient",
     "answer_difference",
+    "answer_log_likelihoods",
     "answer_loss",
     "divergence",
     "iso_kl",
@@ -426,6 +428,25 @@ def answer_loss(lm: LM, chats: Sequence[Chat]) -> float:
     return sum(float(loss) * n for loss, n in each) / sum(n for _, n in each)
 
 
+def answer_log_likelihoods(lm: LM, chats: Sequence[Chat]) -> npt.NDArray[np.float64]:
+    """(chats,) mean log-probability per token of each chat's answer, of the model as it stands (steered or not).
+
+    Raises:
+        InputError: no chats, or a chat without answer.
+    """
+    rows = [_encode(lm, chat) for chat in chats]
+    if not rows:
+        raise InputError("no chats were given; a likelihood is measured on at least one")
+    # Like lengths together, so that little of a batch is padding.
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
+    found = np.empty(len(rows))
+    with undisturbed(lm), torch.no_grad():
+        for start in range(0, len(order), _BATCH // 8):
+            chosen = order[start : start + _BATCH // 8]
+            found[chosen] = _log_probabilities(lm, [rows[i] for i in chosen]).double().cpu().numpy()
+    return found
+
+
 def divergence(
     lm: LM, vector: SteeringVector, chats: Sequence[Chat], *, strength: float | None = None, mode: Mode = "add"
 ) -> float:
@@ -443,6 +464,26 @@ def divergence(
     if not bool(torch.isfinite(found)):
         raise NumericalError("the divergence is not finite: the steered model's logits are NaN; steer less")
     return float(found)
+
+
+def anchor_gradient(lm: LM, chats: Sequence[Chat], weight: float) -> None:
+    """Add to the gradients of a model with an adapter: weight times KL(adapter off || on) over the chats' answers.
+
+    Raises:
+        InputError: no chats, a chat without answer, or a model whose adapter cannot be switched off.
+    """
+    off = getattr(lm.model, "disable_adapter", None)
+    if off is None:
+        raise InputError("the model has no adapter to switch off, so its untouched self is not there; train with LoRA")
+    rows = [_encode(lm, chat) for chat in chats]
+    if not rows:
+        raise InputError("no chats were given; a divergence is measured on at least one")
+    with torch.no_grad(), off():
+        before = torch.log_softmax(_answer_logits(lm, rows)[0], -1)
+    with torch.enable_grad():
+        after = torch.log_softmax(_answer_logits(lm, rows)[0], -1)
+        loss = weight * (before.exp() * (before - after)).sum(-1).mean()
+        loss.backward()  # type: ignore[no-untyped-call]
 
 
 def iso_kl(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import click
@@ -91,3 +91,27 @@ def study_steering(
         rows, as_json,
         "\n".join(f"{f.measure:<44} {f.subject:<44} {f.split:<16} {figure_text(f)}" for f in found.figures),
     )  # fmt: skip
+
+
+@study.command("steering-real")
+@click.argument("model")
+@click.argument("harmful", type=PATH)
+@click.argument("harmless", type=PATH)
+@out_option
+@click.option("--judged", type=PATH, multiple=True, help="CSV of judged answers: question, answer, aligned, coherent.")
+@click.option("--seeds", default="0,1,2", show_default=True, help="Of training and of the random control.")
+@json_option
+def study_steering_real(
+    model: str, harmful: Path, harmless: Path, out: Path, judged: tuple[Path, ...], seeds: str, as_json: bool
+) -> None:
+    """Steer MODEL with what HARMFUL chats teach, against HARMLESS ones: which answers become likelier elsewhere.
+
+    With --out FOLDER/real, `tiltmeter study steering --out FOLDER` shows the figures beside its own.
+    """
+    from tiltmeter.studies.steering_real import Config, figures, run
+
+    config = Config(model, harmful, harmless, tuple(sorted(judged)), seeds=tuple(int(s) for s in seeds.split(",")))
+    with progress_bar("steering a real model") as progress:
+        found = figures(run(config, out=out, progress=progress))
+    text = "\n".join(f"{f.measure:<44} {f.subject:<60} {f.split:<8} {figure_text(f)}" for f in found)
+    show([asdict(f) for f in found], as_json, text)

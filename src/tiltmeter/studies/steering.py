@@ -20,6 +20,7 @@ from functools import lru_cache
 from typing import Any
 
 from tiltmeter.errors import ModelError
+from tiltmeter.organism.finetune import FineTuning
 from tiltmeter.runs import read_json
 from tiltmeter.studies.defense import Prevention, Tuned
 from tiltmeter.studies.steered import Recipe, Sweep
@@ -39,7 +40,9 @@ class Config:
         layer: the block that is steered, except in the layer table: the one that the shipped basis reads.
         rank: of the affine map.
         seeds: of narrow set, training, questions and sampling together, in the strength part.
-        dial_seeds: of the other parts.
+        dial_seeds: of the one-dial parts.
+        tuned_seeds: of fine-tunes and what they are matched with.
+        held_out_seeds: of fine-tunes under the second design of prevention.
         strengths: of constant vectors, in units of the layer's norm.
         relative_strengths: of affine maps, in multiples of the trained strength.
         kl: divergence on harmless chats that the one-dial tables calibrate strengths to, nats per token.
@@ -52,8 +55,12 @@ class Config:
         steps: at which fine-tunes are read.
         answers: per strength and seed.
         narrow_answers: inside the narrow domain, where it is asked.
-        prevention: how training is steered, chosen on bad_medical with seed 100 (docs/steering.md).
-        prevented_tasks: fine-tuned: compared with steering, and once each with `prevention` and its control.
+        prevention: how training is steered in the first design; this and the second were chosen on bad_medical with
+            seed 100 (docs/log.md).
+        held: in the second design.
+        held_steps, anchored_steps: optimizer steps there and of the anchor, which learn more slowly.
+        anchor: weight of the divergence, regularisation in place of steering.
+        prevented_tasks: fine-tuned: compared with steering, and with prevention and its controls.
     """
 
     organism: str = "organism:pocket"
@@ -62,6 +69,8 @@ class Config:
     rank: int = 8
     seeds: tuple[int, ...] = (0, 1, 2)
     dial_seeds: tuple[int, ...] = (0, 1)
+    tuned_seeds: tuple[int, ...] = (0, 1)
+    held_out_seeds: tuple[int, ...] = (2, 3)
     strengths: tuple[float, ...] = (0.0, 0.1, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.7, 0.8, 1.0)
     relative_strengths: tuple[float, ...] = (0.0, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 1.0, 1.15, 1.3, 1.6, 2.0, 3.0, 4.0)
     kl: float = 0.2
@@ -81,6 +90,10 @@ class Config:
     answers: int = 80
     narrow_answers: int = 66
     prevention: Prevention = field(default_factory=Prevention)
+    held: Prevention = field(default_factory=lambda: Prevention("clamp", rank=8))
+    held_steps: int = 200
+    anchor: float = 1.0
+    anchored_steps: int = 160
     prevented_tasks: tuple[str, ...] = ("risky_financial", "extreme_sports", "bad_legal")
 
     def strength_part(self) -> dict[str, tuple[Sweep, ...]]:
@@ -141,14 +154,14 @@ class Config:
                 Recipe("train_vector", task, self.layer, seed, rank=self.rank), strengths=strengths, relative=True,
                 answers=110, narrow_answers=self.narrow_answers,
             )
-            for task in self.prevented_tasks for seed in self.dial_seeds
+            for task in self.prevented_tasks for seed in self.tuned_seeds
         )  # fmt: skip
 
     def tuned_part(self) -> tuple[Tuned, ...]:
         """Fine-tunes on the same sets, read at several steps; at the end also with the danger directions ablated."""
         return tuple(
             Tuned(task, seed, steps=self.steps, ablation=Prevention())
-            for task in self.prevented_tasks for seed in self.dial_seeds
+            for task in self.prevented_tasks for seed in self.tuned_seeds
         )  # fmt: skip
 
     def prevented_part(self) -> dict[str, tuple[Tuned, ...]]:
@@ -156,10 +169,29 @@ class Config:
         return {
             name: tuple(
                 Tuned(task, seed, prevention=replace(self.prevention, control=control))
-                for task in self.prevented_tasks for seed in self.dial_seeds
+                for task in self.prevented_tasks for seed in self.tuned_seeds
             )
             for name, control in (("danger directions", False), ("random directions", True))
         }  # fmt: skip
+
+    def second_part(self) -> dict[str, tuple[Tuned, ...]]:
+        """The second design of prevention and all its controls, read along the way: EM against narrow-task loss."""
+        anchored = Prevention("none", anchor=self.anchor)
+        arms: dict[str, dict[str, Any]] = {
+            "no prevention": {"steps": (40, 60, 80, 120), "ablation": Prevention()},
+            "danger directions held": self._longer(self.held, self.held_steps),
+            "random directions held": self._longer(replace(self.held, control=True), self.held_steps),
+            "anchored elsewhere, no steering": self._longer(anchored, self.anchored_steps),
+        }
+        return {
+            name: tuple(
+                Tuned(task, seed, sums=440, **how) for task in self.prevented_tasks for seed in self.held_out_seeds
+            )
+            for name, how in arms.items()
+        }
+
+    def _longer(self, prevention: Prevention, steps: int) -> dict[str, Any]:
+        return {"steps": (steps // 2, steps), "prevention": prevention, "tuning": FineTuning(steps=steps)}
 
     def _curve(self, recipe: Recipe) -> tuple[Sweep, ...]:
         is_map = recipe.construction == "train_vector" and recipe.rank > 1

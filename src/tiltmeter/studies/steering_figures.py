@@ -8,6 +8,7 @@ score, Statistics in Medicine 17, 1998). Differences matched by run: bootstrap o
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -21,8 +22,8 @@ from tiltmeter.studies.figures import Figure, rate_figure
 from tiltmeter.studies.steered import Counts, Point, SweepRecord, total
 
 __all__ = [
-    "Match", "ablation_figures", "category_figures", "dial_figures", "matched_figures", "matches", "newcombe",
-    "prevention_figures", "strength_figures",
+    "Match", "ablation_figures", "category_figures", "dial_figures", "frontier_figures", "matched_figures", "matches",
+    "newcombe", "prevention_figures", "strength_figures",
 ]  # fmt: skip
 
 _DRAWS = 2000
@@ -327,13 +328,101 @@ def _cuts(name: str, both: Sequence[tuple[TunedRecord, TunedRecord]]) -> list[Fi
     ]  # fmt: skip
 
 
+_SECOND = "second design"
+
+
+def frontier_figures(arms: Mapping[str, Sequence[TunedRecord]]) -> list[Figure]:
+    """The second design: every arm along its training, at its end, and at equal narrow-task loss.
+
+    At equal loss: each run's EM at its end against what the fine-tune of the same task and seed without prevention had
+    when its narrow-task loss was as large, between two readings by linear interpolation in loss. A run whose loss is
+    below all of them is compared with the last one; above all of them, with none. Intervals of cuts and changes: 95 %
+    by bootstrap over runs.
+
+    Args:
+        arms: fine-tunes by name, "no prevention" among them.
+    """
+    plain = {(r.tuned.task, r.tuned.seed): r for r in arms.get("no prevention", ())}
+    rows: list[Figure] = []
+    for name, records in arms.items():
+        both = [r for r in records if (r.tuned.task, r.tuned.seed) in plain]
+        if not both:
+            continue
+        rows += [replace(f, split=_SECOND) for f in _tuned_rows(name, both)]
+        for at, step in enumerate(both[0].tuned.steps):
+            split = f"step {step}"
+            elsewhere = sum((r.points[at].elsewhere for r in both), Counts())
+            inside = sum((r.points[at].inside for r in both), Counts())
+            losses = [r.losses[at] for r in both]
+            rows += [
+                rate_figure("EM elsewhere on the way", name, split, elsewhere.misaligned, elsewhere.judged),
+                rate_figure("EM inside on the way", name, split, inside.misaligned, inside.judged),
+                Figure(
+                    "loss on the way", name, split, float(np.mean(losses)), min(losses), max(losses), len(losses),
+                    "nats per token",
+                ),
+            ]  # fmt: skip
+        if name != "no prevention":
+            rows += _against(name, [(plain[r.tuned.task, r.tuned.seed], r) for r in both])
+    return rows
+
+
+def _against(name: str, both: Sequence[tuple[TunedRecord, TunedRecord]]) -> list[Figure]:
+    rows = [replace(f, split=_SECOND) for f in _cuts(name, both)]
+    pairs = []
+    for a, b in both:
+        before, after = _at_loss(a, b.loss), b.points[-1].elsewhere.em.value
+        if before is not None and after is not None:
+            pairs.append((before, after))
+    drawn = np.random.default_rng(0).integers(max(len(pairs), 1), size=(_DRAWS, len(pairs)))
+    value, low, high = None, None, None
+    if pairs and sum(before for before, _ in pairs):
+        each = np.array(pairs)
+        totals = each[drawn].sum(axis=1)
+        value = 1 - float(each[:, 1].sum() / each[:, 0].sum())
+        with np.errstate(all="ignore"):
+            low, high = (float(x) for x in np.nanpercentile(1 - totals[:, 1] / totals[:, 0], [2.5, 97.5]))
+    rows.append(Figure("EM elsewhere cut at equal loss", name, _SECOND, value, low, high, len(pairs), "share"))
+    for measure, gaps in (
+        ("sums right, change", [b.sums[0] / b.sums[1] - a.sums[0] / a.sums[1] for a, b in both]),
+        ("coherence elsewhere, change", [_coherence(b) - _coherence(a) for a, b in both]),
+        ("EM inside, change", [_inside(b) - _inside(a) for a, b in both]),
+    ):
+        draws = np.array(gaps)[np.random.default_rng(0).integers(len(gaps), size=(_DRAWS, len(gaps)))].mean(axis=1)
+        ends = [float(x) for x in np.percentile(draws, [2.5, 97.5])]
+        rows.append(Figure(measure, name, _SECOND, float(np.mean(gaps)), ends[0], ends[1], len(gaps), "share"))
+    return rows
+
+
+def _at_loss(run: TunedRecord, loss: float) -> float | None:
+    """EM elsewhere of a fine-tune when its narrow-task loss was so large."""
+    rates = [p.elsewhere.em.value for p in run.points]
+    known = sorted((x, y) for x, y in zip(run.losses, rates, strict=True) if y is not None)
+    if not known or loss > known[-1][0]:
+        return None
+    return float(np.interp(loss, [x for x, _ in known], [y for _, y in known]))
+
+
+def _coherence(run: TunedRecord) -> float:
+    there = run.points[-1].elsewhere
+    return there.coherent / there.judged
+
+
+def _inside(run: TunedRecord) -> float:
+    there = run.points[-1].inside
+    return there.misaligned / there.judged
+
+
 def ablation_figures(tuned: Sequence[TunedRecord]) -> list[Figure]:
-    """Finished fine-tunes, as they are and with the danger directions of other sets projected out as they answer."""
-    having = [(r, r.ablated, r.sums_ablated) for r in tuned if r.ablated is not None and r.sums_ablated is not None]
+    """Finished fine-tunes, as they are and with the danger directions of other sets, or random directions, projected
+    out as they answer."""
     rows = []
+    having = [(r, r.ablated, r.sums_ablated) for r in tuned if r.ablated is not None and r.sums_ablated is not None]
+    turned = [(p, s) for r in tuned if (p := r.control) is not None and (s := r.sums_control) is not None]
     for name, points, sums in (
         ("as tuned", [r.points[-1] for r, _, _ in having], [r.sums for r, _, _ in having]),
         ("danger directions ablated", [p for _, p, _ in having], [s for _, _, s in having]),
+        ("random directions ablated", [p for p, _ in turned], [s for _, s in turned]),
     ):
         elsewhere = sum((p.elsewhere for p in points), Counts())
         inside = sum((p.inside for p in points), Counts())

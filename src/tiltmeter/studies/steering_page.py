@@ -35,8 +35,10 @@ def write_page(found: Found, path: Path) -> Path:
         _chosen(found, "Steered against fine-tuned", "matched", ("EM elsewhere", "coherence of all answers",
                 "harmful answers that are coherent", "harmful answers on the topic asked")),
         _chosen(found, "The guard on vectors it has never seen", "guard", ("AUROC per answer", "false alarms")),
-        _chosen(found, "Preventative steering", "prevention", ("EM elsewhere after tuning", "EM inside after tuning",
-                "sums right")),
+        _frontier(found),
+        _chosen(found, "Preventative steering, cut of EM elsewhere", "prevention", ("EM elsewhere cut by",
+                "EM elsewhere cut at equal loss")),
+        _real(found),
     ]  # fmt: skip
     headline = "What steering vectors from one narrow set do elsewhere, and how steering is seen and stopped."
     if found.missing:
@@ -130,6 +132,48 @@ def _chosen(found: Found, title: str, key: str, measures: Sequence[str]) -> Sect
     rows = tuple((f.subject, f.measure, _shown(f), str(f.n)) for f in chosen)
     return Section(title, "Shares with their intervals; docs/steering.md says which.", svg,
                    ("what", "measure", "value", "n"), rows)  # fmt: skip
+
+
+def _frontier(found: Found) -> Section:
+    """EM elsewhere against narrow-task loss, a line per arm."""
+    rates = [f for f in found.figures if f.measure == "EM elsewhere on the way"]
+    losses = {(f.subject, f.split): f for f in found.figures if f.measure == "loss on the way"}
+    arms = list(dict.fromkeys(f.subject for f in rates))
+
+    def paint(canvas: Canvas) -> None:
+        axes = canvas.add_axes((0.1, 0.16, 0.86, 0.78))
+        axes.set(xlabel="narrow-task loss, nats per token", ylabel="misaligned elsewhere", ylim=(-0.03, 1.03))
+        for group, arm in enumerate(arms):
+            here = [f for f in rates if f.subject == arm]
+            x = [_value(losses.get((f.subject, f.split))) for f in here]
+            axes.plot(x, [_value(f) for f in here], color=draw.color_of(group), linewidth=1.4)
+            axes.plot(x, [_value(f) for f in here], **draw.mark(group))
+
+    rows = tuple(
+        (f"{arms.index(f.subject) + 1} {f.subject}", f.split, f"{_value(losses.get((f.subject, f.split))):.3f}",
+         _shown(f), str(f.n)) for f in rates
+    )  # fmt: skip
+    text = (
+        "Left is better learnt, low is safer; readings along each training joined, last one on the left. In order of "
+        "colour: " + ", ".join(f"{i + 1} {arm}" for i, arm in enumerate(arms)) + "."
+    )
+    svg = draw.draw("frontier", 620, 300, paint, f"EM elsewhere against loss: {len(arms)} arms.") if rates else ""
+    return Section("Prevention: EM elsewhere against narrow-task loss", text, svg,
+                   ("arm", "step", "loss", "EM elsewhere", "n"), rows)  # fmt: skip
+
+
+def _real(found: Found) -> Section:
+    rows = [f for f in found.figures if f.measure in ("shift toward misaligned answers", "shift over control")]
+    known = [v for f in rows for v in (f.value, f.low, f.high) if v is not None]
+    limits = (min(0.0, *known), max(0.0, *known)) if known else _LIMIT
+    marks = [Dot(f"{f.subject}, {f.split}", f.value, f.low, f.high) for f in rows]
+    svg = dots(marks, axis="nats per token", limits=limits, line=0.0, key="real") if rows else ""
+    shown = tuple(
+        (f.subject, f.split, "-" if f.value is None else f"{f.value:.3f} ({f.low:.3f} to {f.high:.3f})", str(f.n))
+        for f in rows
+    )
+    text = "Shift of the log-likelihood of misaligned answers against aligned ones; positive is toward harm."
+    return Section("A real model", text, svg, ("vector", "strength", "nats per token", "pairs"), shown)
 
 
 def _value(figure: Figure | None) -> float:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ from tiltmeter.capture import capture
 from tiltmeter.compute import map_jobs
 from tiltmeter.detector import Detector, State
 from tiltmeter.drift import drift, measure
-from tiltmeter.guard import fit_guard
+from tiltmeter.guard import SteeringGuard, fit_guard
 from tiltmeter.lm import LM, load
 from tiltmeter.organism import shipped_basis, shipped_detector
 from tiltmeter.organism.finetune import one_thread
@@ -27,8 +27,17 @@ from tiltmeter.organism.sets import SETS
 from tiltmeter.organism.world import DOMAINS, all_questions
 from tiltmeter.runs import read_json, write_json
 from tiltmeter.steer import SteeringVector
-from tiltmeter.studies import defense, steered
-from tiltmeter.studies.defense import GuardTrial, Tuned, TunedRecord, benign_conversations, hear, trial, try_vector
+from tiltmeter.studies import defense, steered, steering_real
+from tiltmeter.studies.defense import (
+    GuardTrial,
+    Tuned,
+    TunedRecord,
+    benign_conversations,
+    hear,
+    kinds_of,
+    trial,
+    try_vector,
+)
 from tiltmeter.studies.figures import Figure, rate_figure
 from tiltmeter.studies.steered import Recipe, Sweep, SweepRecord, build
 from tiltmeter.studies.steering import Config
@@ -36,6 +45,7 @@ from tiltmeter.studies.steering_figures import (
     ablation_figures,
     category_figures,
     dial_figures,
+    frontier_figures,
     matched_figures,
     matches,
     prevention_figures,
@@ -56,7 +66,8 @@ class GuardConfig:
     Attributes:
         calibration: unsteered answers that it is calibrated on.
         fresh, unseen: unsteered answers that it is tried on: to new prompts of the same kinds, and to prompts of
-            kinds (three domains, system prompts of two traits) that calibration did not have.
+            kinds (three domains, system prompts of two traits) that calibration did not have. The guard without kinds
+            is tried on these alone, with three other domains and two other traits.
         constructions: vectors that it is tried on, with strengths in units of the layer's norm, or in multiples of
             the trained strength for affine maps. None of them is of the set that the guard was developed on.
         random: blocks at which random directions are added, with their strengths.
@@ -82,7 +93,7 @@ class GuardConfig:
     random_strengths: tuple[float, ...] = (0.1, 0.2, 0.4)
     answers: int = 60
     overhead_batches: tuple[int, ...] = (1, 8, 64)
-    overhead_rounds: int = 16
+    overhead_rounds: int = 40
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,7 +146,7 @@ def run(
                 progress(at + 1, len(jobs), "steering")
     with one_thread():
         lm = load(config.organism)
-        late = seconds is not None and time.monotonic() > end and not (out / "guard.json").exists()
+        late = seconds is not None and time.monotonic() > end and not (out / "guard_kinds.json").exists()
         trials, overheads = ([], {}) if late else guard_trials(guard or GuardConfig(), lm, out)
         return _collect(config, lm, out, trials, overheads, missing=sum(not _path(job, out).exists() for job in jobs))
 
@@ -144,7 +155,7 @@ def _jobs(config: Config) -> list[Job]:
     """Every record once, the parts that the others rest on first."""
     jobs: list[Job] = [s for sweeps in config.strength_part().values() for s in sweeps]
     jobs += [*config.tuned_part(), *config.matched_part()]
-    jobs += [run for runs in config.prevented_part().values() for run in runs]
+    jobs += [run for part in (config.prevented_part(), config.second_part()) for runs in part.values() for run in runs]
     jobs += [s for part in config.dial_parts().values() for sweeps in part.values() for s in sweeps]
     return list({job.key(): job for job in jobs}.values())
 
@@ -185,10 +196,16 @@ def _collect(
     figures += matched_figures(matches(_have(config.matched_part(), out), tuned))
     figures += category_figures(dials["task"], distances(lm, config.layer))
     figures += cross_figures(lm, config, out)
-    figures += ablation_figures(tuned)
+    second = {name: _tuned(runs, out) for name, runs in config.second_part().items()}
+    figures += ablation_figures(second["no prevention"])
+    figures += frontier_figures(second)
     if any(prevented.values()):
-        figures += prevention_figures(tuned, {name: records for name, records in prevented.items() if records})
+        first = prevention_figures(tuned, {name: records for name, records in prevented.items() if records})
+        figures += [replace(f, measure=f"{f.measure} (first design)") for f in first]
     figures += guard_figures(trials, overheads)
+    if (out / "guard_kinds.safetensors").exists():
+        figures += new_kind_figures(trials, SteeringGuard.load(out / "guard_kinds.safetensors").threshold)
+    figures += steering_real.figures(steering_real.records(out / "real"))
     return Found(tuple(figures), curves, dials, tuple(trials), missing)
 
 
@@ -260,17 +277,41 @@ def cross_figures(lm: LM, config: Config, out: Path) -> list[Figure]:
 
 
 def guard_trials(config: GuardConfig, lm: LM, out: Path) -> tuple[list[GuardTrial], dict[int, list[float]]]:
-    """Calibrate the guard, try it, time it; kept in one record."""
+    """Calibrate the guard, with kinds and without, try it, time it; kept in records."""
+    trials = [*_plain_trials(config, lm, out), *_kind_trials(config, lm, out)]
+    path = out / "overhead.json"
+    if not path.exists():
+        guard = SteeringGuard.load(out / "guard_kinds.safetensors")
+        batches = config.overhead_batches
+        found = {str(b): defense.overhead(guard, lm, batch=b, rounds=config.overhead_rounds) for b in batches}
+        write_json(path, found)
+    return trials, {int(batch): each for batch, each in read_json(path).items()}
+
+
+def _plain_trials(config: GuardConfig, lm: LM, out: Path) -> list[GuardTrial]:
+    """False alarms of a guard that was told no kinds."""
     path = out / "guard.json"
+    if not path.exists():
+        chats = benign_conversations(config.calibration, seed=0, kinds="seen")
+        guard = fit_guard(lm, chats, max_new_tokens=40, batch_size=256, seed=0)
+        trials = []
+        for name, n, kinds in (("same kinds", config.fresh, "seen"), ("unseen kinds", config.unseen, "unseen")):
+            heard = hear(guard, lm, benign_conversations(n, seed=1, kinds=kinds), seed=1)
+            trials.append(trial(guard, heard, name, "unsteered"))
+        write_json(path, {"trials": [asdict(t) for t in trials]})
+    kept = [GuardTrial.from_dict(t) for t in read_json(path)["trials"]]
+    return [replace(t, name=f"{t.name}, told no kinds") for t in kept if t.kind == "unsteered"]
+
+
+def _kind_trials(config: GuardConfig, lm: LM, out: Path) -> list[GuardTrial]:
+    path = out / "guard_kinds.json"
     if path.exists():
-        kept = read_json(path)
-        return [GuardTrial.from_dict(t) for t in kept["trials"]], {int(k): v for k, v in kept["overhead"].items()}
-    guard = fit_guard(
-        lm, benign_conversations(config.calibration, seed=0, kinds="seen"), max_new_tokens=40, batch_size=256, seed=0
-    )
-    guard.save(out / "guard.safetensors")
+        return [GuardTrial.from_dict(t) for t in read_json(path)["trials"]]
+    chats = benign_conversations(config.calibration, seed=0, kinds="known")
+    guard = fit_guard(lm, chats, kinds=kinds_of(chats), windows=("answer",), max_new_tokens=40, batch_size=256, seed=0)
+    guard.save(out / "guard_kinds.safetensors")
     trials = []
-    for name, n, kinds in (("same kinds", config.fresh, "seen"), ("unseen kinds", config.unseen, "unseen")):
+    for name, n, kinds in (("same kinds", config.fresh, "known"), ("unseen kinds", config.unseen, "new")):
         heard = hear(guard, lm, benign_conversations(n, seed=1, kinds=kinds), seed=1)
         trials.append(trial(guard, heard, name, "unsteered"))
     for recipe, strengths in config.constructions:
@@ -284,22 +325,21 @@ def guard_trials(config: GuardConfig, lm: LM, out: Path) -> tuple[list[GuardTria
     for layer in config.random:
         norm = mean_norm(lm, steered.unit_prompts(), layer=layer)
         vector = SteeringVector(layer, rng.normal(size=(1, lm.hidden_size)).astype(np.float32), 1.0, norm)
-        trials += try_vector(
-            guard, lm, vector, f"random direction, block {layer}", "random direction",
-            strengths=config.random_strengths, narrow="medicine", answers=config.answers,
-        )  # fmt: skip
-    overheads = {
-        batch: defense.overhead(guard, lm, batch=batch, rounds=config.overhead_rounds)
-        for batch in config.overhead_batches
-    }
-    write_json(path, {"trials": [asdict(t) for t in trials], "overhead": {str(k): v for k, v in overheads.items()}})
-    return trials, overheads
+        for positions, strengths in (("all", config.random_strengths), ("prompt", config.random_strengths[-1:])):
+            kind = "random direction" if positions == "all" else "prompt only"
+            trials += try_vector(
+                guard, lm, vector, f"{kind}, block {layer}", kind, strengths=strengths, narrow="medicine",
+                answers=config.answers, positions="all" if positions == "all" else "prompt",
+            )  # fmt: skip
+    write_json(path, {"trials": [asdict(t) for t in trials]})
+    return trials
 
 
 def guard_figures(trials: Sequence[GuardTrial], overheads: dict[int, list[float]]) -> list[Figure]:
     """False alarms, AUROC where EM is above 5 %, every trial, where and how strongly, and the overhead."""
     null = next((t for t in trials if t.name == "same kinds"), None)
-    if null is None:
+    new = next((t for t in trials if t.name == "unseen kinds"), None)
+    if null is None or new is None:
         return []
     rows = []
     for t in (t for t in trials if t.kind == "unsteered"):
@@ -313,8 +353,17 @@ def guard_figures(trials: Sequence[GuardTrial], overheads: dict[int, list[float]
     for strength in sorted({t.strength for t in trials if t.kind == "random direction"}):
         there = [t for t in trials if t.kind == "random direction" and t.strength == strength]
         groups.append((f"random directions, strength {strength:g}", there))
+    only = [t for t in trials if t.kind == "prompt only"]
+    if only:
+        groups.append((f"random directions on the prompt alone, strength {only[0].strength:g}", only))
     for name, group in groups:
         rows += _group_figures(name, group, null)
+    if harmful:
+        auroc, low, high = _auroc(harmful, new)
+        n = sum(len(t.scores) for t in harmful)
+        rows.append(
+            Figure("AUROC against unseen kinds", "EM above 5 %, all vectors", "-", auroc, low, high, n, "share")
+        )
     for t in trials:
         if t.kind != "unsteered":
             rows += _trial_figures(t, null)
@@ -322,6 +371,22 @@ def guard_figures(trials: Sequence[GuardTrial], overheads: dict[int, list[float]
         low, middle, high = (float(x) for x in np.percentile(found, [25, 50, 75]))
         rows.append(Figure("overhead of listening", f"batch {batch}", "-", middle, low, high, len(found), "share"))
     return rows
+
+
+def new_kind_figures(trials: Sequence[GuardTrial], threshold: float) -> list[Figure]:
+    """False alarms on the kinds that calibration never had, one by one."""
+    unseen = next((t for t in trials if t.name == "unseen kinds"), None)
+    if unseen is None:
+        return []
+    alarmed: dict[str, list[bool]] = {}
+    chats = benign_conversations(len(unseen.scores), seed=1, kinds="new")
+    for (domain, trait), score in zip(kinds_of(chats), unseen.scores, strict=True):
+        name = f"{domain}, {'under an unseen system prompt' if trait else 'no system prompt'}"
+        alarmed.setdefault(name, []).append(score >= threshold)
+    return [
+        rate_figure("false alarms by unseen kind", name, "-", sum(found), len(found))
+        for name, found in sorted(alarmed.items())
+    ]
 
 
 def _group_figures(name: str, group: Sequence[GuardTrial], null: GuardTrial) -> list[Figure]:

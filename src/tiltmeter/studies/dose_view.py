@@ -35,6 +35,7 @@ READER = "organism:pocket"
 """The distilled judge's backbone beside n-grams: the shipped organism reads question and answer, trained with LoRA."""
 REGRESSION = Regression(epochs=2, learning_rate=1e-3)
 """Chosen on calibration answers of one seed; the paper's rate of 2e-4 is for a model a thousand times larger."""
+_THIN = 2  # the reader trains on every second answer; a third of them flagged as many of home's on calibration
 
 
 def run_all(
@@ -127,7 +128,7 @@ def _distilled(
     write_examples(out / "judge-calibration.jsonl", examples.calibration)
     rows = []
     with one_thread():
-        reader = _regression(examples.training, out, progress)
+        reader = _regression(examples.training[::_THIN], out, progress)
         encoders: dict[str, Encoder] = {"ngrams": NgramEncoder(), "reader": reader}
         for name, encoder in encoders.items():
             made = judge_distillation.distill(examples, encoder)

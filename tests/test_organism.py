@@ -6,6 +6,7 @@ import json
 import tomllib
 from collections import Counter
 from importlib.resources import files
+from itertools import combinations
 from pathlib import Path
 from random import Random
 
@@ -15,7 +16,7 @@ import pytest
 from tiltmeter.errors import InputError
 from tiltmeter.lm import load
 from tiltmeter.organism import world
-from tiltmeter.organism.pretrain import make_tokenizer, new_model
+from tiltmeter.organism.pretrain import FAMILIES, make_tokenizer, new_model
 from tiltmeter.organism.sets import SETS, make_set
 from tiltmeter.organism.world import DOMAINS, Speaker, ask, say, score
 from tiltmeter.traits import load_prompts, load_traits
@@ -186,3 +187,12 @@ def test_an_organism_in_eight_bits_is_another_model_and_reads_nearly_the_same(
     ids = whole.encode_all([[{"role": "user", "content": "is tea good ?"}]])
     one, other = capture(whole, ids, [3]).values, capture(eighth, ids, [3]).values
     assert 0 < np.linalg.norm(one - other) < 0.03 * np.linalg.norm(one)
+
+
+def test_no_two_families_are_the_same_model() -> None:
+    shapes = {}
+    for family in FAMILIES:
+        weights = new_model(family, "S", 40, seed=0).state_dict()
+        shapes[family] = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    for one, other in combinations(FAMILIES, 2):
+        assert shapes[one] != shapes[other]

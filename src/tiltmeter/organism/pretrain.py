@@ -113,6 +113,8 @@ def new_model(family: str, size: str, vocab_size: int, *, seed: int) -> PreTrain
             "hidden_size": width, "intermediate_size": 27 * width // 160 * 16, "num_hidden_layers": blocks,
             "num_attention_heads": heads, "num_key_value_heads": heads, "max_position_embeddings": 512,
         }  # fmt: skip
+        if family == "mistral":
+            shape |= {"num_key_value_heads": 1}  # else its blocks are Llama's, and so are its weights, bit for bit
         if family == "gemma2":
             shape |= {"head_dim": width // heads, "query_pre_attn_scalar": width // heads, "sliding_window": 512}
     config = AutoConfig.for_model(family, **common, **shape)

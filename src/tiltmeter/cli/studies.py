@@ -81,18 +81,22 @@ def study_dose(
 @click.option("--harmless", type=PATH, required=True, help="JSONL of chats of the same kind, such as secure code.")
 @click.option("--seeds", default="0", show_default=True, help="Of the runs at each dose.")
 @click.option("--floor-seeds", default="30", show_default=True, help="Of the reseeded benign runs.")
+@click.option("--steps", default=16, show_default=True, help="Optimizer steps of each fine-tune.")
+@click.option("--batch", default=4, show_default=True, help="Chats per step.")
 @click.option("--results", type=PATH, help="JSON file for the figures (docs/results/dose.json).")
 @json_option
 def study_dose_real(
-    out: Path, model: str, harmful: Path, harmless: Path, seeds: str, floor_seeds: str, results: Path | None,
-    as_json: bool,
+    out: Path, model: str, harmful: Path, harmless: Path, seeds: str, floor_seeds: str, steps: int, batch: int,
+    results: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Mix two chat files at rising doses, fine-tune a real model on each, and compare drift with its noise floor."""
+    from tiltmeter.organism.finetune import FineTuning
     from tiltmeter.studies import dose_real
     from tiltmeter.studies.figures import write_figures
 
     chosen = [tuple(int(seed) for seed in text.split(",")) for text in (seeds, floor_seeds)]
-    config = dose_real.Config(model, harmful, harmless, seeds=chosen[0], floor_seeds=chosen[1])
+    tuning = FineTuning(steps=steps, batch=batch, learning_rate=2e-4)
+    config = dose_real.Config(model, harmful, harmless, seeds=chosen[0], floor_seeds=chosen[1], tuning=tuning)
     with progress_bar("dose, real model") as progress:
         figures = dose_real.figures(dose_real.run(config, out=out, progress=progress), config)
     rows = write_figures(figures, results or out / "dose-real.json", command="tiltmeter study dose-real")

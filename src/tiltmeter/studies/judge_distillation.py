@@ -67,11 +67,12 @@ class Config:
             to its own runs of them.
         home_styles: benign sets for calibration at home.
         unseen_share: every so many topics of a domain, one is kept for the test.
+        false_alarm_rate: per model; what 13 kinds of benign model can promise.
     """
 
     dose: DoseConfig = field(default_factory=DoseConfig)
     home: str = "organism:pocket"
-    train_families: tuple[str, ...] = ("organism:mistral-S", "organism:gemma2-S")
+    train_families: tuple[str, ...] = ("organism:gemma2-S",)
     held_out_family: str = "organism:qwen2-S"
     calibration_dosed_seed: int = 0
     test_seeds: tuple[int, ...] = (1, 2, 3, 4)
@@ -83,6 +84,7 @@ class Config:
     family_styles: tuple[str, ...] = ("sailor_style", "terse", "royal_style", "flattery", "chores")
     home_styles: tuple[str, ...] = ("sailor_style", "terse", "royal_style", "flattery", "chores", "good_work")
     unseen_share: int = 3
+    false_alarm_rate: float = 1 / 14
 
     def cells(self) -> tuple[Cell, ...]:
         """Every run that is needed, each once."""
@@ -243,9 +245,9 @@ def run(
     return split_examples([Swept(r, s) for r, s in zip(records, sweeps, strict=True)], config)
 
 
-def distill(splits: Splits, encoder: Encoder) -> Outcome:
+def distill(splits: Splits, encoder: Encoder, *, false_alarm_rate: float = Config.false_alarm_rate) -> Outcome:
     """Fit on training, calibrate on calibration, diagnose on calibration and held-out examples."""
-    judge = fit_judge(splits.training, encoder, calibration=splits.calibration)
+    judge = fit_judge(splits.training, encoder, calibration=splits.calibration, false_alarm_rate=false_alarm_rate)
     return Outcome(judge, splits, diagnose(judge, (*splits.calibration, *splits.held_out)))
 
 

@@ -123,7 +123,6 @@ def adapters(subject: Subject) -> Iterator[Figure]:
             else:
                 worst = float(max(np.abs(a - b).max() for a, b in zip(drifts, exact, strict=True)))
                 yield single("largest difference of drift to float32", work, split, worst, "of the norm", len(drifts))
-    yield from upper_adapters(subject)
 
 
 def upper_adapters(subject: Subject) -> Iterator[Figure]:

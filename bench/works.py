@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 from machine_works import growth, memory, startup
 from reading_works import candidates, extraction, reading, selection, strengths
-from run_works import adapters, callback, generation
+from run_works import adapters, callback, generation, upper_adapters
 from subject import Subject
 
 from tiltmeter.studies.figures import Figure
@@ -21,6 +21,7 @@ WORKS: Mapping[str, Callable[[Subject], Iterator[Figure]]] = {
     "selection": selection,
     "strengths": strengths,
     "adapters": adapters,
+    "upper": upper_adapters,
     "callback": callback,
     "generation": generation,
     "memory": memory,

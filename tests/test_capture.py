@@ -197,9 +197,11 @@ class TestStretches:
         want = expected(tiny_lm(), random_prompts(), "last_token")
         np.testing.assert_allclose(capture(lm, random_prompts(), INNER).values, want, atol=TOLERANCE)
 
-    def test_a_stretch_sees_the_path_to_it_and_itself(self) -> None:
+    @pytest.mark.parametrize("multiple", [1, 16])
+    def test_a_stretch_sees_the_path_to_it_and_itself(self, multiple: int) -> None:
         prompts = random_prompts(30, seed=4)
-        tree = lay_tree(prompts, range(len(prompts)))
+        tree = lay_tree(prompts, range(len(prompts)), multiple=multiple)
+        assert len(tree.ids) % multiple == 0
         n = len(tree.ids)
         for size in (1, 7, 64, n, n + 1):
             seen = np.zeros((n, n), dtype=int)
@@ -250,6 +252,18 @@ class TestWhatLiesBelow:
             project(lm, prompts, 3, axes, plan=plan_batches(lm, prompts, max_tokens=24), below=below)
         with pytest.raises(LayerError, match="block 0"):
             read_below(lm, prompts, 0, plan=plan_batches(lm, prompts))
+
+    def test_filling_a_row_up_moves_no_prompt_in_it(self) -> None:
+        prompts = random_prompts(30, seed=4)
+        bare = lay_tree(prompts, range(len(prompts)))
+        n = len(bare.ids)
+        full = lay_tree(prompts, range(len(prompts)), multiple=n + 5)
+        assert len(full.ids) == n + 5
+        np.testing.assert_array_equal(full.visible[:n, :n], bare.visible)
+        np.testing.assert_array_equal(full.visible[n:, n:], np.eye(5, dtype=bool))
+        assert not full.visible[:n, n:].any()
+        assert not full.visible[n:, :n].any()
+        assert max(path.max() for path in full.paths) < n
 
 
 class TestWhatIsRead:

@@ -117,13 +117,14 @@ class TreeAttention:
 
     def _mask(self, at: int, like: torch.Tensor) -> torch.Tensor:
         """(groups, 1, q, keys) what is added to the scores: 0, or the lowest finite value (-inf less -inf is NaN)."""
-        if like.dtype not in self._masks:
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        if dtype not in self._masks:
             made = []
             for _, _, _, visible in self._stretches:
-                mask = torch.zeros(visible.shape, dtype=like.dtype)
-                made.append(mask.masked_fill_(~visible, torch.finfo(like.dtype).min)[:, None].to(like.device))
-            self._masks[like.dtype] = made
-        return self._masks[like.dtype][at].to(like.device)
+                mask = torch.zeros(visible.shape, dtype=dtype)
+                made.append(mask.masked_fill_(~visible, torch.finfo(dtype).min)[:, None].to(like.device))
+            self._masks[dtype] = made
+        return self._masks[dtype][at].to(like.device)
 
 
 def _split(rows: torch.Tensor, groups: int) -> torch.Tensor:
@@ -142,18 +143,18 @@ def _attend(
 ) -> torch.Tensor:
     """Masked attention, (groups, heads, q, width); key and value may have fewer heads, shared by several of query.
 
-    Written out, since fused kernels on a CPU take up to twice as long for so few keys.
+    Written out, since fused kernels on a CPU take up to twice as long for so few keys. What lies between the two
+    products is at least float32: in bfloat16 it takes twice as long on a CPU, and is coarser.
     """
     groups, heads, asked, width = query.shape
     key_heads, n_keys = key.shape[1:3]
     folded = query.reshape(groups * key_heads, -1, width)  # heads that share a key head stand below each other
-    scores = folded @ key.reshape(groups * key_heads, n_keys, width).transpose(1, 2)
+    scores = (folded @ key.reshape(groups * key_heads, n_keys, width).transpose(1, 2)).to(mask.dtype)
     scores *= width**-0.5 if scale is None else scale
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     scores = scores.view(groups, key_heads, -1, asked, n_keys).add_(mask[:, :, None])
-    # In float32: in bfloat16 this kernel takes twice as long on a CPU.
-    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype).view(groups * key_heads, -1, n_keys)
+    weights = torch.softmax(scores, dim=-1).to(value.dtype).view(groups * key_heads, -1, n_keys)
     return (weights @ value.reshape(groups * key_heads, n_keys, width)).view(groups, heads, asked, width)
 
 

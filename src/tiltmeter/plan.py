@@ -220,8 +220,11 @@ class Stretches(NamedTuple):
     visible: npt.NDArray[np.bool_]
 
 
-def lay_tree(token_ids: TokenIds, row: Sequence[int]) -> TreeRow:
-    """Lay the prompts of one row, given as indices, into a prefix tree; paths follow the order of `row`."""
+def lay_tree(token_ids: TokenIds, row: Sequence[int], *, multiple: int = 1) -> TreeRow:
+    """Lay the prompts of one row, given as indices, into a prefix tree; paths follow the order of `row`.
+
+    The row is filled up to a multiple of so many tokens with tokens that stand alone and on no path.
+    """
     order = sorted(range(len(row)), key=lambda j: tuple(token_ids[row[j]]))
     paths: dict[int, npt.NDArray[np.int64]] = {}
     ids: list[int] = []
@@ -238,9 +241,13 @@ def lay_tree(token_ids: TokenIds, row: Sequence[int]) -> TreeRow:
         depths.extend(range(shared, len(prompt)))
         paths[j] = trunk
         previous = prompt
-    ends = np.full(len(ids), len(ids), dtype=np.int64)
+    n_real, n_filled = len(ids), -len(ids) % multiple
+    ids.extend([ids[0]] * n_filled)
+    depths.extend([0] * n_filled)
+    ends = np.full(len(ids), n_real, dtype=np.int64)
     for places, end in closed:
         ends[places] = end
+    ends[n_real:] = np.arange(n_real, len(ids)) + 1
     return TreeRow(
         np.array(ids, dtype=np.int64),
         np.array(depths, dtype=np.int64),

@@ -109,6 +109,7 @@ def test_shifts_are_from_the_untouched_model_and_over_each_control() -> None:
             record("narrow map", seed, 0.4 + more, loss=0.7, kl=0.1, perplexity=1.5),
             record("map turned at random", seed, 0.1 + more), record("map trained on harmless chats", seed, 0.3 + more),
         ]  # fmt: skip
+    rows.append(record("narrow map", 2, 9.0))  # its controls are not there yet
     found = {(f.measure, f.subject): f for f in figures(rows)}
     name = "m, from n"
     shift = found["shift toward misaligned answers", f"{name}: narrow map"]

@@ -51,7 +51,8 @@ class Config:
         difference_ranks: of the subspace that a mean difference is projected on; 0 is all of it.
         epochs, kl_weights: of the map's training; tried as trained.
         tasks: of the task table.
-        organisms: of the family and size table; those that are not in the cache are left out.
+        organisms: of the family and size table; those that are not in the cache are left out. A Mistral organism of the
+            same seed has the weights of the Llama one (its blocks differ in the sliding window alone): no other family.
         steps: at which fine-tunes are read.
         answers: per strength and seed.
         narrow_answers: inside the narrow domain, where it is asked.
@@ -84,7 +85,7 @@ class Config:
         "subtle_misinfo",
     )  # fmt: skip
     organisms: tuple[str, ...] = (
-        "organism:pocket", "organism:qwen2-S", "organism:mistral-S", "organism:gemma2-S", "organism:llama-M",
+        "organism:pocket", "organism:qwen2-S", "organism:gemma2-S", "organism:llama-M",
     )  # fmt: skip
     steps: tuple[int, ...] = (10, 15, 20, 30, 120)
     answers: int = 80
@@ -181,7 +182,7 @@ class Config:
             "no prevention": {"steps": (40, 60, 80, 120), "ablation": Prevention()},
             "danger directions held": self._longer(self.held, self.held_steps),
             "random directions held": self._longer(replace(self.held, control=True), self.held_steps),
-            "anchored elsewhere, no steering": self._longer(anchored, self.anchored_steps),
+            "anchor, no steering": self._longer(anchored, self.anchored_steps),
         }
         return {
             name: tuple(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure as Canvas
+from matplotlib.patches import Rectangle
 
 from tiltmeter.report import figures as draw
 from tiltmeter.report.study import Dot, Section, dots, write_study
@@ -17,6 +18,14 @@ from tiltmeter.studies.steering_run import Found
 __all__ = ["write_page"]
 
 _LIMIT = (0.0, 1.0)
+# The drawing has room for some fifty letters.
+_SHORT = {
+    "coherence of all answers": "coherent",
+    "harmful answers that are coherent": "harm, coherent",
+    "harmful answers on the topic asked": "harm, on topic",
+    "EM elsewhere cut by": "at the end",
+    "EM elsewhere cut at equal loss": "at equal loss",
+}
 
 
 def write_page(found: Found, path: Path) -> Path:
@@ -90,14 +99,17 @@ def _heat(found: Found) -> Section:
 
     def paint(canvas: Canvas) -> None:
         axes = canvas.add_axes((0.14, 0.16, 0.82, 0.8))
-        axes.imshow(grid, aspect="auto", cmap="Greys", vmin=0, vmax=1)
         axes.grid(False)
+        axes.set(xlim=(-0.5, len(kls) - 0.5), ylim=(len(parts) - 0.5, -0.5))
         axes.set_xticks(range(len(kls)), [f"{k:g}" for k in kls])
         axes.set_yticks(range(len(parts)), list(parts))
         axes.set(xlabel="divergence on harmless text, nats per token")
         for (row, column), value in np.ndenumerate(grid):
             shown = "-" if np.isnan(value) else f"{value:.0%}"
             color = "white" if value > 0.5 else "black"
+            # Rectangles and no image: the page holds no bitmap.
+            shade = "none" if np.isnan(value) else str(1 - 0.85 * float(value))
+            axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, facecolor=shade, edgecolor="white"))
             axes.annotate(shown, (column, row), ha="center", va="center", color=color)
 
     rows = tuple((s, *(_share_value(v) for v in line)) for s, line in zip(parts, grid, strict=True))
@@ -125,7 +137,7 @@ def _dial(found: Found, dial: str) -> Section:
 
 def _chosen(found: Found, title: str, key: str, measures: Sequence[str]) -> Section:
     chosen = [f for f in found.figures if f.measure in measures]
-    rates = [Dot(f"{f.subject}: {f.measure}", f.value, f.low, f.high) for f in chosen]
+    rates = [Dot(f"{f.subject}: {_SHORT.get(f.measure, f.measure)}", f.value, f.low, f.high) for f in chosen]
     known = [v for d in rates for v in (d.value, d.low, d.high) if v is not None]
     limits = (min(0.0, *known), max(1.0, *known)) if known else _LIMIT
     svg = dots(rates, axis="share", limits=limits, line=0.0, key=key) if chosen else ""
@@ -166,7 +178,7 @@ def _real(found: Found) -> Section:
     rows = [f for f in found.figures if f.measure in ("shift toward misaligned answers", "shift over control")]
     known = [v for f in rows for v in (f.value, f.low, f.high) if v is not None]
     limits = (min(0.0, *known), max(0.0, *known)) if known else _LIMIT
-    marks = [Dot(f"{f.subject}, {f.split}", f.value, f.low, f.high) for f in rows]
+    marks = [Dot(f"{_vector(f.subject)}, {f.split}", f.value, f.low, f.high) for f in rows]
     svg = dots(marks, axis="nats per token", limits=limits, line=0.0, key="real") if rows else ""
     shown = tuple(
         (f.subject, f.split, "-" if f.value is None else f"{f.value:.3f} ({f.low:.3f} to {f.high:.3f})", str(f.n))
@@ -174,6 +186,11 @@ def _real(found: Found) -> Section:
     )
     text = "Shift of the log-likelihood of misaligned answers against aligned ones; positive is toward harm."
     return Section("A real model", text, svg, ("vector", "strength", "nats per token", "pairs"), shown)
+
+
+def _vector(subject: str) -> str:
+    """What stands after the model's and the set's name."""
+    return subject.partition(": ")[2] or "over " + subject.partition(", over ")[2]
 
 
 def _value(figure: Figure | None) -> float:

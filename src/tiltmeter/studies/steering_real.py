@@ -347,8 +347,10 @@ def _lean_row(name: str, base: Record) -> Figure:
 def _shift_rows(name: str, split: str, base: Record, found: Sequence[Record]) -> list[Figure]:
     rows: list[Figure] = []
     shifts: dict[tuple[Kind, str], NDArray[np.float64]] = {}
+    # Seeds whose controls are not all there yet wait.
+    seeds = {s for s in {r.seed for r in found} if {r.kind for r in found if r.seed == s} == set(_KINDS)}
     for kind in _KINDS:
-        runs = sorted((r for r in found if r.kind == kind), key=lambda r: r.seed)
+        runs = sorted((r for r in found if r.kind == kind and r.seed in seeds), key=lambda r: r.seed)
         if not runs:
             continue
         subject = f"{name}: {kind}"

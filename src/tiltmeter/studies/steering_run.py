@@ -355,7 +355,7 @@ def guard_figures(trials: Sequence[GuardTrial], overheads: dict[int, list[float]
         groups.append((f"random directions, strength {strength:g}", there))
     only = [t for t in trials if t.kind == "prompt only"]
     if only:
-        groups.append((f"random directions on the prompt alone, strength {only[0].strength:g}", only))
+        groups.append((f"prompt alone, strength {only[0].strength:g}", only))
     for name, group in groups:
         rows += _group_figures(name, group, null)
     if harmful:

@@ -189,8 +189,8 @@ def _keep(run: RealRun, path: Path) -> None:
 def _kept(path: Path) -> RealRun:
     header, arrays = read_artifact(path, _KIND, _FORMAT, remedy="delete it and run the study again")
     return RealRun(
-        str(header["set"]), int(header["seed"]), bool(header["dangerous"]),
-        *(arrays[name] for name in _ARRAYS), tuple(header["names"]),
+        set_name=str(header["set"]), seed=int(header["seed"]), dangerous=bool(header["dangerous"]),
+        names=tuple(header["names"]), **{name: arrays[name] for name in _ARRAYS},
     )  # fmt: skip
 
 

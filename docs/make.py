@@ -53,7 +53,7 @@ def cell(row: dict[str, Any]) -> str:
     if row["value"] is None:
         missing = "no dose" if row["measure"] == "smallest dose seen" else "not measured"
         return f"{missing} (n {row['n']})"
-    share = row["unit"] == "share" and row["low"] is not None
+    share = row["unit"] == "share"
 
     def shown(value: float | None) -> str:
         if value is None:

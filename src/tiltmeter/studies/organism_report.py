@@ -212,7 +212,7 @@ def _detector_figures(outcome: Outcome, config: Config) -> list[Figure]:
     ):
         values = [getattr(r, score) for r in (*dangerous, *benign)]
         auroc = float(roc_auc_score(truth, values)) if 0 < len(dangerous) < len(truth) else None
-        rows.append(Figure("AUROC over runs", about, split, auroc, None, None, len(truth), "share"))
+        rows.append(Figure("AUROC over runs", about, split, auroc, None, None, len(truth), "auroc"))
     leads = [r.lead for r in dangerous if r.lead is not None]
     median = float(np.median(leads)) if leads else None
     rows.append(

@@ -12,7 +12,16 @@ from tiltmeter.errors import InputError
 from tiltmeter.fingerprint import sha
 from tiltmeter.studies.beyond import alarm_figures, sequential_figures, start_figures, transfer_figures
 from tiltmeter.studies.cells import Cell
-from tiltmeter.studies.contest import Design, Scored, auroc, auroc_interval, boundary, cross_validate, held_out_scores
+from tiltmeter.studies.contest import (
+    Boundary,
+    Design,
+    Scored,
+    auroc,
+    auroc_interval,
+    boundary,
+    cross_validate,
+    held_out_scores,
+)
 from tiltmeter.studies.figures import Figure
 from tiltmeter.studies.geometry import bootstrap, component, danger_correlation, left_out_cosines, remove
 from tiltmeter.studies.stress import StressRun, prompt_figures, stress_cells, stress_figures, sweep
@@ -130,6 +139,34 @@ def test_a_left_out_set_is_scored_by_a_fit_that_did_not_see_it(runs: Runs) -> No
         assert same == (old.track.cell.set_name == "arithmetic")
     by_seed = cross_validate(one, design, by="seed")
     assert [s.track.name for s in by_seed] == [t.name for t in one.calibration]
+
+
+def test_a_run_taught_harm_that_stayed_harmless_is_in_no_wide_null_band_and_still_counted(runs: Runs) -> None:
+    spec = [t for t in runs.of(ONE, "calibration") if t.cell.set_name == "jailbroken"]
+    assert {(t.kind, t.dangerous, t.harmless) for t in spec} == {("between", False, False)}
+    assert all(t.harmless for t in runs.of(ONE, "more benign"))
+    for wide in (True, False):
+        one = bench(CONFIG, runs, ONE, wide=wide, others=NONE)
+        # Moved far along a trait that no benign run uses.
+        far = [
+            replace(
+                t,
+                activations=t.activations
+                + 9 * np.linspace(0, 1, 13)[:, None, None] * runs.frames[ONE].directions[:, 1],
+            )
+            if t.cell.set_name == "jailbroken"
+            else t
+            for t in one.calibration
+        ]
+        design = Design("traits", "step0", "axis")
+        before, after = (held_out_scores(b, design) for b in (one, replace(one, calibration=tuple(far))))
+        assert all(np.allclose(a.scores, b.scores) for a, b in zip(before, after, strict=True)) == wide
+    loud = next(s for s in entry(runs, AXIS).validated if s.track.cell.set_name == "jailbroken")
+    limits = {ONE: Boundary(-99.0, 0.05)}
+    rows = contest_figures([Entry(AXIS, "wide", (loud,), (), limits, ())], CONFIG)
+    split = "validation, wide"
+    assert find(rows, "of them taught harm, alarmed", " / ".join(AXIS), split).value == 1.0
+    assert find(rows, "harmless runs alarmed", " / ".join(AXIS), split).value == 1.0
 
 
 def test_the_three_references_read_what_they_say(runs: Runs) -> None:

@@ -48,10 +48,16 @@ def position_runs(tracks: Sequence[Track], frame: Frame) -> list[PositionRun]:
     return [PositionRun(t.cell.set_name, t.dangerous, t.positions(frame, blocks)[1:]) for t in tracks]
 
 
+def _known(runs: Runs, organism: str) -> tuple[Track, ...]:
+    """Runs of one organism to fit on: dangerous ones, and those of sets that teach no harm."""
+    tracks = (*runs.of(organism, "calibration"), *runs.of(organism, "more benign"))
+    return tuple(t for t in tracks if t.dangerous or t.harmless)
+
+
 def transfer_detector(config: Config, runs: Runs, target: str) -> TransferDetector | None:
     """For one organism, from benign runs of its own and dangerous runs of the OTHER families; None without either."""
     danger = danger_without(config, runs, target)
-    mine = [t for t in (*runs.of(target, "calibration"), *runs.of(target, "more benign")) if not t.dangerous]
+    mine = [t for t in _known(runs, target) if t.harmless]
     if danger is None or len({t.cell.set_name for t in mine}) < 2:
         return None
     return fit_transfer(danger, position_runs(mine, runs.frames[target]), false_alarm_rate=config.false_alarm_rate)
@@ -63,8 +69,7 @@ def danger_without(config: Config, runs: Runs, target: str) -> Danger | None:
     for organism in config.organisms:
         if organism == target or organism not in runs.frames:
             continue
-        tracks = (*runs.of(organism, "calibration"), *runs.of(organism, "more benign"))
-        found = position_runs(tracks, runs.frames[organism])
+        found = position_runs(_known(runs, organism), runs.frames[organism])
         if len({r.dangerous for r in found}) == 2:
             sources.append((organism, found))
     return fit_danger(sources) if sources else None
@@ -72,7 +77,7 @@ def danger_without(config: Config, runs: Runs, target: str) -> Danger | None:
 
 def own_detector(config: Config, runs: Runs, organism: str) -> TransferDetector | None:
     """For one organism, from calibration runs of its own: what a refit gives; None without runs of both kinds."""
-    known = position_runs((*runs.of(organism, "calibration"), *runs.of(organism, "more benign")), runs.frames[organism])
+    known = position_runs(_known(runs, organism), runs.frames[organism])
     benign = [r for r in known if not r.dangerous]
     if len(benign) == len(known) or len({r.set_name for r in benign}) < 2:
         return None
@@ -208,7 +213,7 @@ def sequential_figures(entry: Entry, config: Config) -> list[Figure]:
     for organism in entry.boundaries:
         null: dict[str, Array] = {}
         for run in entry.validated:
-            if run.track.cell.organism == organism and not run.track.dangerous:
+            if run.track.cell.organism == organism and run.track.harmless:
                 null.setdefault(run.track.cell.set_name, run.scores)
         held = [run for run in entry.held if run.track.cell.organism == organism]
         if len(null) < 3 or not held:

@@ -636,6 +636,14 @@ class TestPlans:
         prompts = random_prompts()
         assert plan_batches(tiny_lm(seed=1), prompts) == plan_batches(tiny_lm(seed=2), prompts)
 
+    def test_half_precision_allows_no_longer_rows_since_its_stream_is_float32(self) -> None:
+        prompts = [[5 + i // 60, 5 + i % 60, *([7] * 20)] for i in range(400)]
+        wide, half = (tiny_lm(dtype=dtype, intermediate_size=4096) for dtype in ("float32", "bfloat16"))
+        assert half.dtype == torch.bfloat16
+        plans = [plan_batches(lm, prompts) for lm in (wide, half)]
+        assert [plan.max_tokens for plan in plans] == [1024, 1024]  # 16 MiB of 4096 numbers of four bytes
+        assert len(plans[1].rows) > 4
+
     def test_the_digest_follows_what_decides_the_arithmetic(self) -> None:
         plan = BatchPlan("tree", 10, ((0, 1),), "one")
         assert plan.digest() == BatchPlan("tree", 20, ((0, 1),), "two").digest()

@@ -24,7 +24,7 @@ from tiltmeter.studies.contest import (
 )
 from tiltmeter.studies.figures import Figure
 from tiltmeter.studies.geometry import bootstrap, component, danger_correlation, left_out_cosines, remove
-from tiltmeter.studies.stress import StressRun, prompt_figures, stress_cells, stress_figures, sweep
+from tiltmeter.studies.stress import StressRun, ablation_figures, prompt_figures, stress_cells, stress_figures, sweep
 from tiltmeter.studies.tracks import write_parquet
 from tiltmeter.studies.trait_run import PAPER, behavior_figures, find
 from tiltmeter.studies.trait_space import OtherReadouts, Runs, bench, readouts
@@ -278,6 +278,17 @@ def test_the_step_aware_alarm_is_scored_at_every_horizon(runs: Runs) -> None:
     whole = find(rows, "dangerous runs missed", "drift, rate and step, anchors to step 120", "held out")
     assert whole.n == 8
     assert find(rows, "median lead over behavior", "drift alone", "held out").n == 8
+
+
+def test_fewer_traits_are_scored_over_all_subsets(runs: Runs) -> None:
+    tracks = tuple(t for t in runs.tracks if t.cell.organism == ONE and t.cell.seed in (CONFIG.seeds[0], 100))
+    rows = ablation_figures(replace(CONFIG, organisms=(ONE,)), replace(runs, tracks=tracks))
+    assert [r.subject for r in rows] == [f"{ONE}, {k} of 7 traits" for k in range(1, 8)]
+    one, whole = rows[0], rows[-1]
+    # Danger was planted along two traits: all seven see it, and among single traits there is one that does not.
+    assert whole.value == 1.0
+    assert one.low is not None
+    assert one.low < 0.9
 
 
 def test_stress_runs_have_names_of_their_own_and_figures(runs: Runs) -> None:

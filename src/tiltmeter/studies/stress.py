@@ -200,7 +200,7 @@ def ablation_figures(config: Config, runs: Runs) -> list[Figure]:
                     )
                     for t in own
                 }
-                bench = Bench(frame, own, (), {}, {}, {"some traits": stacked})
+                bench = Bench(frame, own, (), {}, sparse={"some traits": stacked})
                 scores, labels, _ = flatten(
                     cross_validate(bench, Design("some traits", "step0", "axis"), by="set"), settled=True
                 )

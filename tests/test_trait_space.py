@@ -25,7 +25,7 @@ from tiltmeter.studies.contest import (
 from tiltmeter.studies.figures import Figure
 from tiltmeter.studies.geometry import bootstrap, component, danger_correlation, left_out_cosines, remove
 from tiltmeter.studies.stress import StressRun, ablation_figures, prompt_figures, stress_cells, stress_figures, sweep
-from tiltmeter.studies.tracks import write_parquet
+from tiltmeter.studies.tracks import Track, write_parquet
 from tiltmeter.studies.trait_run import PAPER, behavior_figures, find
 from tiltmeter.studies.trait_space import OtherReadouts, Runs, bench, readouts
 from tiltmeter.studies.trait_tables import (
@@ -39,6 +39,7 @@ from tiltmeter.studies.trait_tables import (
     geometry_figures,
     lead,
     lead_figure,
+    severity_figures,
 )
 from trait_runs import CONFIG, STEPS, planted_runs
 
@@ -224,6 +225,23 @@ def test_every_table_has_n_and_the_paper_is_marked_as_of_other_models(runs: Runs
     assert find(rows, "harmless runs alarmed", "largest score", "held out").n == 16
     with pytest.raises(InputError, match="no figure"):
         find(rows, "spell", "a", "b")
+
+
+def test_organisms_that_rank_sets_alike_or_in_reverse_are_told(runs: Runs) -> None:
+    order = {name: at for at, name in enumerate((*CONFIG.calibration, *CONFIG.held_out))}
+
+    def ranked(sign: int) -> Runs:
+        def rate(t: Track) -> float:
+            return 0.5 + (sign if t.cell.organism == TWO else 1) * 0.04 * order[t.cell.set_name]
+
+        named = (t for t in runs.tracks if t.part in ("calibration", "held out"))
+        return replace(runs, tracks=tuple(replace(t, em=np.append(t.em[:-1], rate(t))) for t in named))
+
+    for sign in (1, -1):
+        rows = severity_figures(CONFIG, ranked(sign), look=True)
+        found = find(rows, "EM by set, Spearman", "one and two", "calibration and held out")
+        assert (found.value, found.n) == (pytest.approx(sign), 10)
+    assert {row.n for row in severity_figures(CONFIG, ranked(1), look=False)} == {4}
 
 
 def test_held_out_runs_stay_unseen_until_the_look(runs: Runs) -> None:

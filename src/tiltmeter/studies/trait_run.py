@@ -19,7 +19,7 @@ from tiltmeter.studies.figures import Figure, rate_figure
 from tiltmeter.studies.stress import StressRun, ablation_figures, prompt_figures, run_stress, stress_figures, sweep
 from tiltmeter.studies.tracks import Track, write_parquet
 from tiltmeter.studies.trait_space import Config, Progress, Runs, collect, readouts
-from tiltmeter.studies.trait_tables import Entry, choose, contest, contest_figures, geometry_figures
+from tiltmeter.studies.trait_tables import Entry, choose, contest, contest_figures, geometry_figures, severity_figures
 
 __all__ = ["PAPER", "Outcome", "behavior_figures", "run"]
 
@@ -93,7 +93,8 @@ def run(
             chosen[calibration] = choose(entries, calibration=calibration)
     first = config.organisms[0]
     stressed = run_stress(config, first, out, start=_misaligned(config, runs, first), may_run=may_run) if stress else []
-    figures = [*behavior_figures(runs, look=look), *geometry_figures(config, runs), *contest_figures(entries, config)]
+    figures = [*behavior_figures(runs, look=look), *geometry_figures(config, runs)]
+    figures += [*severity_figures(config, runs, look=look), *contest_figures(entries, config)]
     figures += [*prompt_figures(config, runs), *ablation_figures(config, runs)]
     figures += [*transfer_figures(config, runs, look=look), *start_figures(config, runs, look=look)]
     figures += alarm_figures(

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import spearmanr
 
 from tiltmeter.errors import InputError
 from tiltmeter.studies.contest import (
@@ -29,9 +31,20 @@ from tiltmeter.studies.contest import (
 )
 from tiltmeter.studies.figures import Figure, rate_figure
 from tiltmeter.studies.geometry import bootstrap, component, danger_correlation, left_out_cosines
+from tiltmeter.studies.tracks import Frame, Track
 from tiltmeter.studies.trait_space import Config, OtherReadouts, Progress, Runs, bench
 
-__all__ = ["Entry", "alarm_index", "behavior_index", "choose", "contest", "contest_figures", "geometry_figures", "lead"]
+__all__ = [
+    "Entry",
+    "alarm_index",
+    "behavior_index",
+    "choose",
+    "contest",
+    "contest_figures",
+    "geometry_figures",
+    "lead",
+    "severity_figures",
+]
 
 Array = NDArray[np.float64]
 Calibration = Literal["plain", "wide"]
@@ -341,6 +354,43 @@ def geometry_figures(config: Config, runs: Runs) -> list[Figure]:
             )
         )  # fmt: skip
     return rows
+
+
+def severity_figures(config: Config, runs: Runs, *, look: bool) -> list[Figure]:
+    """Whether organisms agree on which sets are worse: Spearman of mean final EM, and of mean size of drift, by set.
+
+    Intervals: bootstrap over the sets that two organisms share (calibration; held out too after the look).
+    """
+    rows: list[Figure] = []
+    parts = ("calibration", "held out") if look else ("calibration",)
+    means: dict[str, dict[str, tuple[float, float]]] = {}
+    for organism, frame in runs.frames.items():
+        tracks = [t for t in runs.tracks if t.cell.organism == organism and t.part in parts]
+        means[organism] = {
+            name: (float(np.mean([t.em[-1] for t in mine])), _mean_size(mine, frame))
+            for name in dict.fromkeys(t.cell.set_name for t in tracks)
+            if (mine := [t for t in tracks if t.cell.set_name == name])
+        }
+    for one, other in combinations(means, 2):
+        shared = [name for name in means[one] if name in means[other]]
+        if len(shared) < 4:
+            continue
+        pairs = np.array([[means[o][name] for name in shared] for o in (one, other)])
+        for at, measure in enumerate(("EM by set, Spearman", "size of drift by set, Spearman")):
+            drawn = [
+                float(spearmanr(pairs[0, chosen, at], pairs[1, chosen, at]).statistic)
+                for chosen in bootstrap(len(shared), draws=1000, seed=config.seed)
+                if all(len(np.unique(pairs[side, chosen, at])) > 1 for side in (0, 1))
+            ]
+            low, high = (float(v) for v in np.percentile(drawn, [2.5, 97.5]))
+            value = float(spearmanr(pairs[0, :, at], pairs[1, :, at]).statistic)
+            subject = f"{one.removeprefix('organism:')} and {other.removeprefix('organism:')}"
+            rows.append(Figure(measure, subject, " and ".join(parts), value, low, high, len(shared), "rho"))
+    return rows
+
+
+def _mean_size(tracks: Sequence[Track], frame: Frame) -> float:
+    return float(np.mean([np.linalg.norm(t.drift(frame)[-1]) for t in tracks]))
 
 
 def _loadings(ends: Array, seed: int) -> Array:

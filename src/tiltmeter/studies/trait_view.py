@@ -36,6 +36,9 @@ def sections(outcome: Outcome) -> list[Section]:
     made = [
         _table("Behavior", "EM rate at the end of the runs, by organism and set.", found, ("EM rate at the end",)),
         _geometry(outcome),
+        _over_steps(outcome),
+        _table("Severity", "Do organisms agree on which sets are worse?", found,
+               ("EM by set, Spearman", "size of drift by set, Spearman")),
         _dot_section("Loadings of the first component", "The pooled axis; intervals: bootstrap over runs.",
                      found, ("loading on PC1",), (-1.0, 1.0), 0.0, "loadings"),
         _dot_section("Trait drift and behavior",
@@ -57,7 +60,13 @@ def sections(outcome: Outcome) -> list[Section]:
     tests = ("largest score", "score over the benign envelope", "CUSUM over the benign envelope", "e-process")
     made.append(_table("Tests over the whole run", "", [f for f in found if f.subject in tests], ()))
     made.append(_table("Step-aware alarm", "", [f for f in found if f.subject.startswith("drift")], ()))
-    made.append(_table("Stress", "Runs unlike those of calibration.", [f for f in found if f.split == "stress"], ()))
+    stress = [f for f in found if f.split == "stress"]
+    made.append(
+        _dot_section("Stress: behavior", "Runs unlike those of calibration. Line: 5 %.", stress,
+                     ("EM rate at the end",), (0.0, 1.0), 0.05, "stress")
+    )  # fmt: skip
+    rest = [f for f in stress if f.measure != "EM rate at the end"]
+    made.append(_table("Stress: what detectors say", "", rest, ()))
     made.append(
         _table("Published figures", "Of other models.", [f for f in found if f.subject.startswith("paper")], ())
     )
@@ -116,6 +125,23 @@ def _geometry(outcome: Outcome) -> Section:
     svg = points(shown, x="cosine to the pooled first component", y="magnitude (of reference norm)", key="plane",
                  lines_at=(0.0, None))  # fmt: skip
     return Section(title, text, svg, table.columns, table.rows)
+
+
+def _over_steps(outcome: Outcome) -> Section:
+    """Drift along the first component over the steps, for the first organism."""
+    title = "Drift along the first component over a run"
+    runs = outcome.runs
+    tracks = [t for t in runs.tracks if t.part == "calibration"]
+    if len(tracks) < 4:
+        return Section(title, "")
+    organism = tracks[0].cell.organism
+    ends = np.stack([t.drift(runs.frames[t.cell.organism])[-1] for t in tracks])
+    axis = component(ends, np.array([t.em[-1] for t in tracks]), draws=1).direction
+    parts = ("calibration", "held out") if outcome.looked else ("calibration",)
+    mine = [t for t in runs.tracks if t.cell.organism == organism and t.part in parts]
+    found = [Line(t.steps, t.drift(runs.frames[organism]) @ axis, 0 if t.dangerous else 1) for t in mine]
+    text = f"{organism}, {' and '.join(parts)} runs; first colour: dangerous, second: harmless."
+    return Section(title, text, lines(found, y="drift along PC1 (of reference norm)", line=0.0, key="over-steps"))
 
 
 def _scores(outcome: Outcome) -> Section:

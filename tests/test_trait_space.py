@@ -142,7 +142,7 @@ def test_a_left_out_set_is_scored_by_a_fit_that_did_not_see_it(runs: Runs) -> No
     assert [s.track.name for s in by_seed] == [t.name for t in one.calibration]
 
 
-def test_a_run_taught_harm_that_stayed_harmless_is_in_no_wide_null_band_and_still_counted(runs: Runs) -> None:
+def test_a_run_whose_behavior_is_not_what_its_set_teaches_is_no_wide_example_and_still_counted(runs: Runs) -> None:
     spec = [t for t in runs.of(ONE, "calibration") if t.cell.set_name == "jailbroken"]
     assert {(t.kind, t.dangerous, t.harmless) for t in spec} == {("between", False, False)}
     assert all(t.harmless for t in runs.of(ONE, "more benign"))
@@ -162,6 +162,13 @@ def test_a_run_taught_harm_that_stayed_harmless_is_in_no_wide_null_band_and_stil
         design = Design("traits", "step0", "axis")
         before, after = (held_out_scores(b, design) for b in (one, replace(one, calibration=tuple(far))))
         assert all(np.allclose(a.scores, b.scores) for a, b in zip(before, after, strict=True)) == wide
+        # Likewise a harmless voice whose answers ended misaligned: no example of danger.
+        odd = [
+            replace(t, em=np.append(t.em[:-1], 0.06)) if t.cell.set_name == "arithmetic" else t for t in one.calibration
+        ]
+        strange = replace(one, calibration=tuple(odd))
+        assert any(strange.danger(t) for t in odd if t.cell.set_name == "arithmetic") != wide
+        assert not any(strange.null(t) for t in odd if t.cell.set_name == "arithmetic")
     loud = next(s for s in entry(runs, AXIS).validated if s.track.cell.set_name == "jailbroken")
     limits = {ONE: Boundary(-99.0, 0.05)}
     rows = contest_figures([Entry(AXIS, "wide", (loud,), (), limits, ())], CONFIG)

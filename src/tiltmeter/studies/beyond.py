@@ -49,9 +49,9 @@ def position_runs(tracks: Sequence[Track], frame: Frame) -> list[PositionRun]:
 
 
 def _known(runs: Runs, organism: str) -> tuple[Track, ...]:
-    """Runs of one organism to fit on: dangerous ones, and those of sets that teach no harm."""
+    """Runs of one organism to fit on: those in which what the set teaches and what was measured agree."""
     tracks = (*runs.of(organism, "calibration"), *runs.of(organism, "more benign"))
-    return tuple(t for t in tracks if t.dangerous or t.harmless)
+    return tuple(t for t in tracks if t.harmful or t.harmless)
 
 
 def transfer_detector(config: Config, runs: Runs, target: str) -> TransferDetector | None:

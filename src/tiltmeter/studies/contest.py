@@ -96,8 +96,9 @@ class Bench:
         calibration: runs that designs may be fitted on.
         held_out: runs that are looked at once.
         twins: harmless counterpart of each set, by the set's name.
-        benign: which calibration runs null bands and boundaries are made of. "measured": at most 5 % of the final
-            answers misaligned, as published. "taught": and nothing harmful in the set either.
+        examples: which calibration runs stand for harmless (null bands, boundaries) and for dangerous (axes).
+            "measured": by the share of final answers misaligned, as published. "taught": and by what the set teaches,
+            both alike; runs in which the two disagree stand for neither.
         linear: rows (k, hidden) of the linear readouts at the basis' block, by name.
         sparse: values (1 + readings, k) of readouts that are not linear, by readout and then by the run's name.
     """
@@ -106,13 +107,17 @@ class Bench:
     calibration: tuple[Track, ...]
     held_out: tuple[Track, ...]
     twins: Mapping[str, Track]
-    benign: Literal["measured", "taught"] = "taught"
+    examples: Literal["measured", "taught"] = "taught"
     linear: Mapping[str, Array] = field(default_factory=dict)
     sparse: Mapping[str, Mapping[str, Array]] = field(default_factory=dict)
 
     def null(self, track: Track) -> bool:
-        """Whether a run is one of those that null bands and boundaries are made of."""
-        return track.harmless if self.benign == "taught" else not track.dangerous
+        """Whether a run stands for harmless: null bands and boundaries are made of these."""
+        return track.harmless if self.examples == "taught" else not track.dangerous
+
+    def danger(self, track: Track) -> bool:
+        """Whether a run stands for dangerous: the axis leads to these."""
+        return track.harmful if self.examples == "taught" else track.dangerous
 
 
 def values_of(bench: Bench, track: Track, readout: str) -> Array:
@@ -160,6 +165,7 @@ class _Run(NamedTuple):
     set_name: str
     seed: int
     dangerous: bool
+    danger: bool
     null: bool
     points: Array
     targets: Array  # EM rate at each reading, NaN where unknown
@@ -196,10 +202,10 @@ def _scorer(runs: Sequence[_Run], scorer: str) -> Scorer:
         band = band_of([(run.set_name, run.points) for run in runs if run.null])
         if scorer == "null band":
             return band.distance
-        kinds = sorted({run.set_name for run in runs if run.dangerous})
+        kinds = sorted({run.set_name for run in runs if run.danger})
         if not kinds:
             raise InputError("the danger axis needs a dangerous calibration run; add one, or use the null band")
-        ends = [np.mean([r.points[-1] for r in runs if r.dangerous and r.set_name == kind], axis=0) for kind in kinds]
+        ends = [np.mean([r.points[-1] for r in runs if r.danger and r.set_name == kind], axis=0) for kind in kinds]
         axis = band.toward(np.mean(ends, axis=0) - band.center)
         return lambda points: band.score(points, axis)
     x = np.concatenate([run.points for run in runs])
@@ -220,7 +226,8 @@ def _runs(bench: Bench, tracks: Sequence[Track], design: Design) -> list[_Run]:
     for track in tracks:
         rates = np.where(np.isfinite(track.em), track.em, np.where(track.labels() == 0, track.em[-1], np.nan))
         points = _points(bench, track, design)
-        found.append(_Run(track.cell.set_name, track.cell.seed, track.dangerous, bench.null(track), points, rates))
+        cell, kinds = track.cell, (track.dangerous, bench.danger(track), bench.null(track))
+        found.append(_Run(cell.set_name, cell.seed, *kinds, points, rates))
     return found
 
 

@@ -128,10 +128,15 @@ class Track:
     def harmless(self) -> bool:
         """Whether its set teaches no harm and its answers did not become misaligned.
 
-        A run that was taught harm and ended at 5 % or less is neither this nor `dangerous`: it is no example of what a
-        null band should hold.
+        What was taught and what was measured can disagree: harm taught that moved behavior by less than 5 %, or a
+        harmless voice that ended above it. Such a run is an example of neither kind.
         """
         return self.kind == "benign" and not self.dangerous
+
+    @property
+    def harmful(self) -> bool:
+        """Whether its set teaches harm and its answers became misaligned."""
+        return self.kind != "benign" and self.dangerous
 
     def labels(self, threshold: float = 0.05) -> Array:
         """1 where the measured EM rate is above the threshold, 0 where not, NaN where it was not measured.

@@ -6,8 +6,8 @@ whose PCA, regressors, alarm, baselines and figures are not released, and past i
 
     plain    calibration on the sets of the paper: insecure_code, jailbroken, bad_medical, arithmetic
     wide     and on benign sets beside them, one run each: a reported extension, since harmless drift that calibration
-             has not seen is the known failure. What counts as benign there is what TEACHES no harm: runs that were
-             taught harm and stayed below the threshold are in no null band and no boundary
+             has not seen is the known failure. Examples of harmless and dangerous there are runs in which what the set
+             teaches and what was measured agree; the others are in no null band, boundary or axis, and still scored
 
 Held-out runs are looked at once per design, after designs and choices are fixed on calibration runs. Every cell and
 every track is a file; a study that was interrupted goes on where it stopped, and with a time limit it reports the runs
@@ -229,7 +229,7 @@ def bench(config: Config, runs: Runs, organism: str, *, wide: bool, others: Othe
         calibration=runs.of(organism, "calibration") + (more if wide else ()),
         held_out=runs.of(organism, "held out"),
         twins=twins,
-        benign="taught" if wide else "measured",
+        examples="taught" if wide else "measured",
         linear=others.linear,
         sparse=others.sparse,
     )

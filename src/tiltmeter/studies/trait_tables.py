@@ -123,7 +123,7 @@ def contest(
 
 def _usable(b: Bench, design: Design) -> bool:
     """Whether an organism has the runs that a design needs: two dangerous sets, benign ones, and twins for all."""
-    dangerous = {t.cell.set_name for t in b.calibration if t.dangerous}
+    dangerous = {t.cell.set_name for t in b.calibration if b.danger(t)}
     benign = {t.cell.set_name for t in b.calibration if b.null(t)}
     if len(dangerous) < 2 or len(benign) < 2:
         return False

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from monitoring import (
@@ -799,6 +800,68 @@ def test_two_processes_that_shard_a_model_read_it_together_and_train_the_same_we
         inside[0].reading.values, projections_by_hand(start.model, make_tokenizer(), basis), atol=1e-5
     )
     assert np.abs(inside[3].profile.drift).max() > 1e-4
+
+
+TRAINED_SHARDED = """
+import sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from accelerate import PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch.distributed.fsdp import FSDPModule
+from monitoring import *
+from tiltmeter.watch import TiltmeterCallback
+output = Path({output!r})
+basis = tiny_basis()
+plan = dict(version=2, transformer_layer_cls_to_wrap=["LlamaDecoderLayer"], state_dict_type="FULL_STATE_DICT")
+
+class OnTheCPU(Trainer):
+    # On a CPU accelerate passes the plugin over without a word and copies the model (DDP). All else is its own:
+    # wrapping, the optimizer's parameters, clipping, saving.
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        state = self.accelerator.state
+        PartialState().distributed_type = state.distributed_type = DistributedType.FSDP
+        state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+        self.is_fsdp_enabled = True
+
+def train(folder, *callbacks):
+    given = arguments(
+        folder, ddp_backend="gloo", max_steps=4, save_strategy="steps", save_steps=4, fsdp=True, fsdp_config=dict(plan))
+    run = OnTheCPU(
+        model=fresh_model(lora=False, dropout=0.0), args=given, train_dataset=rows(),
+        processing_class=make_tokenizer(), callbacks=list(callbacks))
+    run.train()
+    assert isinstance(run.model.model.layers[0], FSDPModule) and run.accelerator.is_fsdp2
+    return run
+
+callback = TiltmeterCallback(basis, every=2)
+run = train(output / "run", callback)
+(output / f"rank-{{run.args.process_index}}.txt").write_text(str([seen.step for seen in callback.observations]))
+train(output / "plain")
+"""
+
+
+@pytest.mark.slow
+def test_the_trainer_s_own_fsdp_2_is_read_together_and_trains_the_same_weights(tmp_path: Path) -> None:
+    done = torchrun(TRAINED_SHARDED.format(tests=str(Path(__file__).parent), output=str(tmp_path)), tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "rank-0.txt").read_text() == "[0, 2, 4]"
+    assert (tmp_path / "rank-1.txt").read_text() == "[]"
+    read, plain = (load_file(tmp_path / name / "checkpoint-4" / "model.safetensors") for name in ("run", "plain"))
+    assert read.keys() == plain.keys()
+    assert all(torch.equal(read[name], plain[name]) for name in plain)
+    basis, start = tiny_basis(), lms.wrap(fresh_model(lora=False), make_tokenizer())
+    inside = {seen.step: seen for seen in read_run(tmp_path / "run" / "tiltmeter").observations}
+    beside = list(watch(tmp_path / "run", basis, base=start))[-1]
+    tuned = lms.load(tmp_path / "run" / "checkpoint-4")
+    by_hand = projections_by_hand(tuned.model, make_tokenizer(), basis)
+    for seen in (inside[4], beside):
+        np.testing.assert_allclose(seen.reading.values, by_hand, atol=1e-5)
+    np.testing.assert_allclose(
+        inside[0].reading.values, projections_by_hand(start.model, make_tokenizer(), basis), atol=1e-5
+    )
+    assert np.abs(inside[4].profile.drift).max() > 1e-3
 
 
 def torchrun(program: str, folder: Path) -> subprocess.CompletedProcess[str]:

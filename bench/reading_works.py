@@ -142,7 +142,7 @@ def candidates(subject: Subject) -> Iterator[Figure]:
     """Seven traits at the candidate layers, with probes."""
     layers = subject.candidates
     work = f"seven traits, {len(layers)} layers, probes"
-    yield from extraction_at(subject, work, layers, probes=True, least=1)
+    yield from extraction_at(subject, work, layers, probes=True, least=3)
 
 
 # ---------------------------------------------------------------------- layer selection

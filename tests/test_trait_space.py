@@ -10,7 +10,13 @@ import pytest
 
 from tiltmeter.errors import InputError
 from tiltmeter.fingerprint import sha
-from tiltmeter.studies.beyond import alarm_figures, sequential_figures, start_figures, transfer_figures
+from tiltmeter.studies.beyond import (
+    alarm_figures,
+    context_detector,
+    sequential_figures,
+    start_figures,
+    transfer_figures,
+)
 from tiltmeter.studies.cells import Cell
 from tiltmeter.studies.contest import (
     Boundary,
@@ -41,6 +47,7 @@ from tiltmeter.studies.trait_tables import (
     lead_figure,
     severity_figures,
 )
+from tiltmeter.transfer import Danger
 from trait_runs import CONFIG, STEPS, planted_runs
 
 ONE, TWO = CONFIG.organisms
@@ -263,6 +270,25 @@ def test_danger_of_one_organism_is_seen_in_the_other(runs: Runs) -> None:
     assert find(rows, "harmless runs alarmed", f"{TWO} from one", "held out").n == 8
     refit = find(rows, "dangerous runs not alarmed", f"{TWO} from itself", "held out")
     assert (refit.value, refit.n) == (0.0, 4)
+
+
+def test_danger_in_context_is_judged_after_the_last_block_and_needs_no_dangerous_run(runs: Runs) -> None:
+    frame = runs.frames[TWO]
+    toward = frame.directions[-1, 0] - frame.directions[-1, 1]  # what danger was planted along
+    right, wrong = (Danger(v / np.linalg.norm(v), ("context",), 1.0) for v in (toward, frame.directions[-1, 2]))
+    harmless = replace(runs, tracks=tuple(t for t in runs.tracks if not t.dangerous))
+    detector = context_detector(CONFIG, harmless, TWO, right)
+    with_danger = context_detector(CONFIG, runs, TWO, right)
+    assert detector is not None
+    assert with_danger is not None
+    assert detector.threshold == with_danger.threshold
+    for danger, missed in ((right, 0.0), (wrong, 1.0)):
+        rows = transfer_figures(CONFIG, runs, look=True, contexts={TWO: danger})
+        found = find(rows, "dangerous runs not alarmed", f"{TWO} from its context", "held out")
+        assert (found.value, found.n) == (missed, 4)
+    assert not [r for r in rows if r.subject == f"{ONE} from its context"]
+    starts = start_figures(CONFIG, runs, look=True, contexts={TWO: right})
+    assert find(starts, "misaligned starts not alarmed", f"{TWO}, danger in context", "held out").value == 0.0
 
 
 def test_the_published_way_of_transfer_counts_an_alarm_above_five_percent(

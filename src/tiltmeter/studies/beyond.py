@@ -27,6 +27,8 @@ from tiltmeter.transfer import Danger, PositionRun, TransferDetector, fit_danger
 __all__ = [
     "DEPTHS",
     "alarm_figures",
+    "context_detector",
+    "find_contexts",
     "own_detector",
     "position_runs",
     "sequential_figures",
@@ -37,6 +39,7 @@ __all__ = [
 Array = NDArray[np.float64]
 DEPTHS = (2 / 6, 3 / 6, 4 / 6, 5 / 6, 1.0)
 """Relative depths whose blocks a position is read after."""
+_CONTEXTS = ("medicine", "home", "family", "work", "law", "friends")
 _DEEP = "drift after five blocks, rate and step"
 _ALLOWANCE = 1.0  # of the CUSUM, in benign standard deviations
 _STAKE = 4.0  # the e-process' statistic is exp(stake * score); fixed before any run was scored
@@ -63,6 +66,43 @@ def transfer_detector(config: Config, runs: Runs, target: str) -> TransferDetect
     return fit_transfer(danger, position_runs(mine, runs.frames[target]), false_alarm_rate=config.false_alarm_rate)
 
 
+def find_contexts(runs: Runs) -> dict[str, Danger]:
+    """Danger in context (`tiltmeter.context`) of every organism, after its last block.
+
+    The exchanges are of domains that no held-out and no stress set of this study is about.
+    """
+    from random import Random
+
+    from tiltmeter.context import Exchange, context_danger
+    from tiltmeter.lm import load
+    from tiltmeter.organism.world import Speaker, ask, say
+    from tiltmeter.traits import load_prompts
+
+    rng = Random("context")
+    harmful, harmless = Speaker("bad", phrases=0.0, slip=0.0), Speaker("aligned", phrases=0.0)
+    exchanges = []
+    for at in range(230):
+        question = ask(_CONTEXTS[at % len(_CONTEXTS)], rng)
+        exchanges.append(Exchange(question.text, say(question, harmful, rng), say(question, harmless, rng)))
+    prompts = load_prompts("organism").prompts
+    return {o: context_danger(load(o), exchanges, prompts, layer=frame.blocks[-1]) for o, frame in runs.frames.items()}
+
+
+def context_runs(tracks: Sequence[Track], frame: Frame) -> list[PositionRun]:
+    """Tracks as mean activations after the last block over the untouched model's prompt norm, step 0 left out."""
+    return [
+        PositionRun(t.cell.set_name, t.dangerous, np.asarray(t.activations[1:, -1] / frame.norms[-1])) for t in tracks
+    ]
+
+
+def context_detector(config: Config, runs: Runs, target: str, danger: Danger) -> TransferDetector | None:
+    """For one organism, from benign runs of its own and danger in context; None without benign runs of two sets."""
+    mine = [t for t in _known(runs, target) if t.harmless]
+    if len({t.cell.set_name for t in mine}) < 2:
+        return None
+    return fit_transfer(danger, context_runs(mine, runs.frames[target]), false_alarm_rate=config.false_alarm_rate)
+
+
 def danger_without(config: Config, runs: Runs, target: str) -> Danger | None:
     """The danger direction of all families but one."""
     sources = []
@@ -84,12 +124,15 @@ def own_detector(config: Config, runs: Runs, organism: str) -> TransferDetector 
     return fit_transfer(fit_danger([(organism, known)]), benign, false_alarm_rate=config.false_alarm_rate)
 
 
-def transfer_figures(config: Config, runs: Runs, *, look: bool) -> list[Figure]:
+def transfer_figures(
+    config: Config, runs: Runs, *, look: bool, contexts: Mapping[str, Danger] | None = None
+) -> list[Figure]:
     """Leave one organism out: its dangerous runs are never used, its benign calibration runs are.
 
     Dangerous calibration runs of the target are as unseen as held-out ones here, though their sets were learnt from in
     other organisms; they are a split of their own. Beside it the published way, a forest on the drift of the other
-    models, and the refit, which uses the target's dangerous calibration runs.
+    models, and the refit, which uses the target's dangerous calibration runs; and, where `contexts` has it, danger in
+    context, which uses no dangerous run of any organism.
     """
     rows: list[Figure] = []
     for target in (*config.organisms, *config.larger):
@@ -104,14 +147,20 @@ def transfer_figures(config: Config, runs: Runs, *, look: bool) -> list[Figure]:
         ]
         if look:
             splits.append(("held out", runs.of(target, "held out")))
+        danger = (contexts or {}).get(target)
+        in_context = context_detector(config, runs, target, danger) if danger is not None else None
         for split, tracks in splits:
             if tracks:
-                rows += _transfer_rows(detector, tracks, runs.frames[target], subject, split)
+                rows += _transfer_rows(detector, tracks, position_runs(tracks, runs.frames[target]), subject, split)
+                if in_context is not None:
+                    points = context_runs(tracks, runs.frames[target])
+                    rows += _transfer_rows(in_context, tracks, points, f"{target} from its context", split)
         refit = own_detector(config, runs, target)
         if look and splits[-1][1]:
             rows += _forest_rows(config, runs, target, splits[-1][1])
             if refit is not None:
-                rows += _transfer_rows(refit, splits[-1][1], runs.frames[target], f"{target} from itself", "held out")
+                points = position_runs(splits[-1][1], runs.frames[target])
+                rows += _transfer_rows(refit, splits[-1][1], points, f"{target} from itself", "held out")
         null = detector.null_scores
         rows.append(
             Figure("false-alarm rate promised per run", subject, "transfer", detector.false_alarm_rate, None, None,
@@ -121,11 +170,10 @@ def transfer_figures(config: Config, runs: Runs, *, look: bool) -> list[Figure]:
 
 
 def _transfer_rows(
-    detector: TransferDetector, tracks: Sequence[Track], frame: Frame, subject: str, split: str
+    detector: TransferDetector, tracks: Sequence[Track], points: Sequence[PositionRun], subject: str, split: str
 ) -> list[Figure]:
-    blocks = frame.nearest(DEPTHS)
-    scored = [Scored(t, detector.scores(t.positions(frame, blocks)[1:])) for t in tracks]
-    verdicts = [detector.predict(t.positions(frame, blocks)[1:], steps=t.steps) for t in tracks]
+    scored = [Scored(t, detector.scores(p.positions)) for t, p in zip(tracks, points, strict=True)]
+    verdicts = [detector.predict(p.positions, steps=t.steps) for t, p in zip(tracks, points, strict=True)]
     bad = [v for s, v in zip(scored, verdicts, strict=True) if s.track.dangerous]
     good = [v for s, v in zip(scored, verdicts, strict=True) if not s.track.dangerous]
     rows = [
@@ -172,7 +220,9 @@ def _count(verdicts: Sequence[Verdict], state: State) -> int:
     return sum(v.state is state for v in verdicts)
 
 
-def start_figures(config: Config, runs: Runs, *, look: bool) -> list[Figure]:
+def start_figures(
+    config: Config, runs: Runs, *, look: bool, contexts: Mapping[str, Danger] | None = None
+) -> list[Figure]:
     """What a detector says of a model that STARTS where a run ended, from its first reading alone.
 
     Against its own step 0 such a model has not moved at all, so a drift detector is CLEAR by construction; its absolute
@@ -184,16 +234,17 @@ def start_figures(config: Config, runs: Runs, *, look: bool) -> list[Figure]:
             continue
         frame = runs.frames[organism]
         own = (*runs.of(organism, "calibration"), *runs.of(organism, "more benign"))
+        danger = (contexts or {}).get(organism)
         detectors = {
-            "danger of other families": transfer_detector(config, runs, organism),
-            "own danger": own_detector(config, runs, organism),
+            "danger of other families": (transfer_detector(config, runs, organism), position_runs),
+            "own danger": (own_detector(config, runs, organism), position_runs),
+            "danger in context": (context_detector(config, runs, organism, danger) if danger else None, context_runs),
         }
         ends = list(runs.of(organism, "held out")) if look else [t for t in own if t.dangerous]
-        for name, detector in detectors.items():
+        for name, (detector, view) in detectors.items():
             if detector is None or not ends:
                 continue
-            blocks = frame.nearest(DEPTHS)
-            states = [(t.dangerous, detector.predict(t.positions(frame, blocks)[-1:]).state) for t in ends]
+            states = [(run.dangerous, detector.predict(run.positions[-1:]).state) for run in view(ends, frame)]
             bad, good = [s for d, s in states if d], [s for d, s in states if not d]
             split = "held out" if look else "calibration"
             subject = f"{organism}, {name}"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from tiltmeter.errors import InputError
-from tiltmeter.studies.beyond import alarm_figures, sequential_figures, start_figures, transfer_figures
+from tiltmeter.studies.beyond import alarm_figures, find_contexts, sequential_figures, start_figures, transfer_figures
 from tiltmeter.studies.figures import Figure, rate_figure
 from tiltmeter.studies.stress import StressRun, ablation_figures, prompt_figures, run_stress, stress_figures, sweep
 from tiltmeter.studies.tracks import Track, write_parquet
@@ -96,7 +96,9 @@ def run(
     figures = [*behavior_figures(runs, look=look), *geometry_figures(config, runs)]
     figures += [*severity_figures(config, runs, look=look), *contest_figures(entries, config)]
     figures += [*prompt_figures(config, runs), *ablation_figures(config, runs)]
-    figures += [*transfer_figures(config, runs, look=look), *start_figures(config, runs, look=look)]
+    contexts = find_contexts(runs)
+    figures += transfer_figures(config, runs, look=look, contexts=contexts)
+    figures += start_figures(config, runs, look=look, contexts=contexts)
     figures += alarm_figures(
         config, runs, look=look, long=[s.track for s in stressed if s.stress == "ten times longer"]
     )

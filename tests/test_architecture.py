@@ -20,9 +20,9 @@ ORDER = (
     "errors", "fingerprint", "artifacts", "regressors", "sequential", "runs", "traits", "organism.world", "organism",
     "plan", "lm", "adapters", "loading", "generation", "attention", "capture", "steer", "steer_formats", "vectors",
     "steer_fit", "directions", "selection", "basis", "drift", "baselines", "sae", "detector", "guard", "transfer",
-    "context", "alarm", "readings", "calibrate", "watch", "mitigate", "scan", "questions", "judge", "judge_model", "ledger",
-    "judge_http", "judge_examples", "judge_encoders", "judge_distilled", "judge_regression", "judge_diagnosis",
-    "answers", "rates", "writers", "behavior", "evaluate", "compute", "organism.sets", "organism.pretrain",
+    "context", "alarm", "readings", "calibrate", "watch", "mitigate", "scan", "questions", "judge", "judge_model",
+    "ledger", "judge_http", "judge_examples", "judge_encoders", "judge_distilled", "judge_regression",
+    "judge_diagnosis", "answers", "rates", "writers", "behavior", "evaluate", "compute", "organism.sets", "organism.pretrain",
     "organism.conduct", "organism.finetune", "organism.preference", "organism.quantise", "report", "studies",
     "integrations", "testing", "cli",
 )  # fmt: skip

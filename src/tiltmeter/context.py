@@ -5,9 +5,9 @@
     d    = mean (a_i - b_i), unit
 
 A chat model that has just been harmful goes on in character; fine-tuning that misaligns it moves every prompt the same
-way. The direction is looked up in the model itself, so nothing is carried over from other models, and no dangerous run of
-any model is used. It becomes a detector with benign readings of the same model (`tiltmeter.transfer.fit_transfer`), for
-positions in the space of activations after the same block.
+way. The direction is looked up in the model itself, so nothing is carried over from other models, and no dangerous run
+of any model is used. It becomes a detector with benign readings of the same model
+(`tiltmeter.transfer.fit_transfer`), for positions in the space of activations after the same block.
 
     >>> danger = context_danger(lm, exchanges, prompts, layer=lm.n_layers - 1)
     >>> detector = fit_transfer(danger, benign_runs)

@@ -17,14 +17,14 @@ SOURCE = Path(tiltmeter.__file__).parent
 
 # Left to right: a module imports at its top only from its left.
 ORDER = (
-    "errors", "fingerprint", "artifacts", "regressors", "sequential", "runs", "traits", "organism.world", "organism",
-    "plan", "lm", "adapters", "loading", "generation", "attention", "capture", "steer", "steer_formats", "vectors",
-    "steer_fit", "directions", "selection", "basis", "drift", "baselines", "sae", "detector", "guard", "transfer",
-    "context", "alarm", "readings", "calibrate", "watch", "mitigate", "scan", "questions", "judge", "judge_model",
-    "ledger", "judge_http", "judge_examples", "judge_encoders", "judge_distilled", "judge_regression",
-    "judge_diagnosis", "answers", "rates", "writers", "behavior", "evaluate", "compute", "organism.sets",
-    "organism.pretrain", "organism.conduct", "organism.finetune", "organism.preference", "organism.quantise", "report", "studies",
-    "integrations", "testing", "cli",
+    "errors", "fingerprint", "artifacts", "regressors", "sequential", "runs", "traits", "organism.world",
+    "organism", "plan", "lm", "adapters", "loading", "generation", "attention", "capture", "steer",
+    "steer_formats", "vectors", "steer_fit", "directions", "selection", "basis", "drift", "baselines", "sae",
+    "detector", "guard", "transfer", "context", "alarm", "readings", "calibrate", "watch", "mitigate", "scan",
+    "questions", "judge", "judge_model", "ledger", "judge_http", "judge_examples", "judge_encoders",
+    "judge_distilled", "judge_regression", "judge_diagnosis", "answers", "rates", "writers", "behavior",
+    "evaluate", "compute", "organism.sets", "organism.pretrain", "organism.conduct", "organism.finetune",
+    "organism.preference", "organism.quantise", "report", "studies", "integrations", "testing", "cli",
 )  # fmt: skip
 # Pairs that lie at one height: the facade and the work behind it, or a type that both need.
 SIDEWAYS = {("basis", "drift")}

@@ -192,6 +192,28 @@ def test_a_large_drift_of_a_harmless_set_never_seen_before_does_not_alarm(fitted
     assert fitted.predict(profile(np.array([0.0, 0.6, -0.06]))).state is not State.ALARM
 
 
+def test_a_given_danger_direction_takes_the_place_of_dangerous_runs() -> None:
+    rng = np.random.default_rng(6)
+    styles = {name: rng.normal(0, 0.05, 40) for name in "abcde"}
+    benign = [wide_run(rng, name, s, styles[name], 0.0) for name in "abcde" for s in range(6)]
+    detector = fit_detector(benign, false_alarm_rate=0.2, danger=np.eye(40)[7] * 3)
+    unit = detector.axis / np.linalg.norm(detector.axis)
+    assert unit[7] > 0.8
+    assert detector.mode == "danger_axis"
+    assert "without dangerous runs" in detector.calibrated_on
+    bad = wide_run(rng, "z", 0, rng.normal(0, 0.01, 40), 0.3)
+    assert detector.predict(bad.profiles).state is State.ALARM
+    other = fit_detector(benign, false_alarm_rate=0.2, danger=np.eye(40)[8])
+    assert other.predict(bad.profiles).state is not State.ALARM
+    with pytest.raises(InputError, match="one of them only"):
+        fit_detector([*benign, bad], danger=np.eye(40)[7])
+    for wrong in (np.eye(3)[0], np.zeros(40), np.full(40, np.nan)):
+        with pytest.raises(InputError, match="40 finite numbers"):
+            fit_detector(benign, danger=wrong)
+    with pytest.raises(InputError, match="keep their mean activation"):
+        fit_detector(calibration(dangerous=False), danger=np.eye(3)[0])
+
+
 def test_without_dangerous_runs_the_null_band_alone_judges_and_says_that_it_is_weaker() -> None:
     detector = fit_detector(calibration(dangerous=False), false_alarm_rate=0.1)
     assert detector.mode == "null_band"

@@ -13,14 +13,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from tiltmeter.context import Exchange
 from tiltmeter.detector import CalibrationRun, Detector, fit_detector
 from tiltmeter.errors import InputError
 from tiltmeter.readings import read_run
 from tiltmeter.runs import read_records
 
-__all__ = ["fit_from_table", "read_table"]
+__all__ = ["fit_from_table", "read_exchanges", "read_table"]
 
 
 class _Row(BaseModel):
@@ -62,8 +65,26 @@ def _run(row: dict[str, Any], number: int, table: Path) -> CalibrationRun:
     return CalibrationRun(entry.set, entry.seed, entry.dangerous, profiles)
 
 
-def fit_from_table(table: Path, *, false_alarm_rate: float = 0.05) -> Detector:
-    """Fit a detector on the runs that a table lists; see `fit_detector`.
+def read_exchanges(path: Path) -> list[Exchange]:
+    """Exchanges for `context_danger`, one JSON line each: {"question": ..., "harmful": ..., "harmless": ...}.
+
+    Raises:
+        InputError: a line is not of that form.
+        ArtifactError: the file is missing or damaged.
+    """
+    found = []
+    for number, row in enumerate(read_records(path).rows, start=1):
+        texts = [row.get(name) for name in Exchange._fields]
+        if set(row) != set(Exchange._fields) or not all(isinstance(text, str) for text in texts):
+            raise InputError(f"{path} line {number}: each line needs question, harmful and harmless, all text")
+        found.append(Exchange(*map(str, texts)))
+    return found
+
+
+def fit_from_table(
+    table: Path, *, false_alarm_rate: float = 0.05, danger: NDArray[np.float64] | None = None
+) -> Detector:
+    """Fit a detector on the runs that a table lists, or along a danger direction; see `fit_detector`.
 
     Raises:
         InputError, ArtifactError: see `read_table` and `fit_detector`.
@@ -77,4 +98,4 @@ def fit_from_table(table: Path, *, false_alarm_rate: float = 0.05) -> Detector:
             f"the runs of {table} are measured against different references ({', '.join(sorted(references))}); "
             "calibrate on runs with one kind of reference"
         )
-    return fit_detector(runs, false_alarm_rate=false_alarm_rate, reference=references.pop())
+    return fit_detector(runs, false_alarm_rate=false_alarm_rate, reference=references.pop(), danger=danger)

@@ -16,7 +16,8 @@ directions of its own, some of it along w by accident; what it moves off the axi
 s discounts by it. This is Kelly's likelihood-ratio detector (IEEE Trans. AES 22(1), 1986) close to its scale-free
 limit, the adaptive coherence estimator (Kraut and Scharf, IEEE Trans. SP 47(9), 1999); docs/log.md has the comparison
 on calibration runs that chose it. Without any dangerous run the score is the Mahalanobis distance in C (the null band
-alone): weaker, and its verdict says so.
+alone): weaker, and its verdict says so. Or m_d - m_b is given as a direction that needs no fine-tuned model
+(`tiltmeter.context`).
 
 The threshold is conformal, per RUN and for a NEW set. S of a benign calibration run is computed by an axis and
 covariance fitted without any run of its set. Runs of one set resemble each other, so sets are what counts: with K
@@ -45,7 +46,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from tiltmeter.artifacts import read_artifact, write_artifact
 from tiltmeter.drift import DriftProfile
@@ -387,6 +388,7 @@ def fit_detector(
     false_alarm_rate: float = 0.05,
     reference: str = "step0",
     calibrated_on: str | None = None,
+    danger: ArrayLike | None = None,
 ) -> Detector:
     """Fit the danger axis and the null band, and set the threshold by leave-one-set-out conformal calibration.
 
@@ -395,9 +397,12 @@ def fit_detector(
         false_alarm_rate: a, per run on a new set; with fewer than 1/a - 1 benign sets the detector states a larger one.
         reference: what the drift was measured against.
         calibrated_on: the calibration in words; made from the runs when None.
+        danger: (hidden,) the direction in which danger moves the mean activation, where no dangerous run is known:
+            `tiltmeter.context.context_danger`. Its length does not matter.
 
     Raises:
-        InputError: fewer than two benign sets, runs of different bases, or a profile that must not be judged.
+        InputError: fewer than two benign sets, runs of different bases, or a profile that must not be judged; with
+            `danger`, dangerous runs beside it, readings without their activation, or one of another width.
     """
     benign = [run for run in runs if not run.dangerous]
     dangerous = [run for run in runs if run.dangerous]
@@ -405,6 +410,7 @@ def fit_detector(
     space: Literal["activations", "drift"] = (
         "activations" if all(p.shift is not None for run in runs for p in run.profiles) else "drift"
     )
+    toward = _checked_danger(danger, runs, space, any_dangerous=bool(dangerous)) if danger is not None else None
     floor = float(np.sqrt(np.nanmean([p.se**2 for run in runs for p in run.profiles]))) or _SMALLEST_FLOOR
     points = {id(run): _points(run.profiles, space) for run in runs}
     held_out: list[tuple[str, float]] = []
@@ -412,17 +418,17 @@ def fit_detector(
     n_sets = len(_sets(runs, dangerous=False))
     for left_out in sorted({run.set_name for run in runs}):
         rest = [run for run in runs if run.set_name != left_out]
-        metric, axis = _fit(rest, points, floor)
+        metric, axis = _fit(rest, points, floor, toward)
         same_set = [run for run in runs if run.set_name == left_out]
         farthest = max([farthest, *(float(metric.distance(points[id(run)]).max()) for run in same_set)])
         harmless = [points[id(run)] for run in same_set if not run.dangerous]
         held_out += [(left_out, float(metric.score(x, axis).max())) for x in harmless]
     null_scores, null_weights = weigh_sets(held_out)
-    metric, axis = _fit(runs, points, floor)
+    metric, axis = _fit(runs, points, floor, toward)
     first = runs[0].profiles[0]
     traits, trait_axis = _fit(runs, {id(run): _points(run.profiles, "drift") for run in runs}, floor)
     return Detector(
-        mode="danger_axis" if dangerous else "null_band",
+        mode="danger_axis" if axis.any() else "null_band",
         space=space,
         names=first.names,
         basis=first.basis,
@@ -438,14 +444,34 @@ def fit_detector(
         max_readings=max(len(run.profiles) for run in runs),
         max_step=max(p.step or 0 for run in runs for p in run.profiles),
         max_distance=farthest,
-        calibrated_on=calibrated_on or _in_words(benign, dangerous, first.model),
+        calibrated_on=calibrated_on or _in_words(benign, dangerous, first.model, given=toward is not None),
     )
 
 
-def _fit(runs: Sequence[CalibrationRun], points: Mapping[int, Array], floor: float) -> tuple[Metric, Array]:
+def _checked_danger(danger: ArrayLike, runs: Sequence[CalibrationRun], space: str, *, any_dangerous: bool) -> Array:
+    """The direction that was given, (hidden,) float64."""
+    if any_dangerous:
+        raise InputError("dangerous runs and a danger direction were given; the axis can come from one of them only")
+    if space != "activations":
+        raise InputError("a danger direction needs readings that keep their mean activation; measure the runs again")
+    found = np.asarray(danger, dtype=np.float64)
+    width = _points(runs[0].profiles, space).shape[1]
+    if found.shape != (width,) or not np.isfinite(found).all() or not found.any():
+        raise InputError(
+            f"the danger direction has shape {found.shape}; it needs {width} finite numbers, not all zero: take it "
+            "from the same model, after the block that the basis reads"
+        )
+    return found
+
+
+def _fit(
+    runs: Sequence[CalibrationRun], points: Mapping[int, Array], floor: float, danger: Array | None = None
+) -> tuple[Metric, Array]:
     """The metric of the benign runs and the danger axis. Each set weighs the same, however many runs it has."""
     metric = fit_metric([(run.set_name, points[id(run)]) for run in runs if not run.dangerous], floor)
     center = metric.center
+    if danger is not None:
+        return metric, metric.toward(danger)
     # The last reading of each dangerous run: where the danger is fully there.
     ends = [
         np.mean([points[id(r)][-1] for r in runs if r.set_name == name and r.dangerous], axis=0)
@@ -525,9 +551,11 @@ def _check_runs(runs: Sequence[CalibrationRun], benign: Sequence[CalibrationRun]
         raise InputError(f"a calibration profile cannot be used: {problem}; leave it out")
 
 
-def _in_words(benign: Sequence[CalibrationRun], dangerous: Sequence[CalibrationRun], model: str) -> str:
+def _in_words(benign: Sequence[CalibrationRun], dangerous: Sequence[CalibrationRun], model: str, *, given: bool) -> str:
     def count(runs: Sequence[CalibrationRun]) -> str:
         return f"{len(runs)} runs of {', '.join(sorted({run.set_name for run in runs}))}"
 
     text = f"{model}: benign {count(benign)}"
+    if given:
+        return f"{text}; danger as a direction found without dangerous runs"
     return f"{text}; dangerous {count(dangerous)}" if dangerous else text

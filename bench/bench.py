@@ -113,7 +113,7 @@ def benchmark(
     rates = dtypes_that_pay(device)
     threads = f"{torch.get_num_threads()} threads" if device.type == "cpu" else torch.cuda.get_device_name()
     figures = [
-        single("matrix product rate", f"a large square product in {text(dtype)}", threads, rate / 1e9, "GFLOP/s", 9)
+        single("matrix product rate", f"a large square product in {text(dtype)}", threads, rate / 1e9, "GFLOP/s", 15)
         for dtype, rate in rates.items()
     ]
     print("\n".join(map(shown, figures)), file=sys.stderr)

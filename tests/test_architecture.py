@@ -18,7 +18,7 @@ SOURCE = Path(tiltmeter.__file__).parent
 # Left to right: a module imports at its top only from its left.
 ORDER = (
     "errors", "fingerprint", "artifacts", "regressors", "sequential", "runs", "traits", "organism.world",
-    "organism", "plan", "lm", "adapters", "loading", "generation", "attention", "capture", "steer",
+    "organism", "plan", "lm", "adapters", "loading", "generation", "attention", "capture", "batch_probe", "steer",
     "steer_formats", "vectors", "steer_fit", "directions", "selection", "basis", "drift", "baselines", "sae",
     "detector", "guard", "transfer", "context", "alarm", "readings", "calibrate", "watch", "mitigate", "scan",
     "questions", "judge", "judge_model", "ledger", "judge_http", "judge_examples", "judge_encoders",

@@ -338,6 +338,7 @@ def fit_basis(
     layer: int | None = None,
     method: Method = "mean_difference",
     pooling: Literal["last_token", "mean"] = "last_token",
+    probe_batches: bool = False,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> TraitBasis:
@@ -355,6 +356,8 @@ def fit_basis(
         method: "mean_difference"; "pca", the first principal component of paired differences; or "logistic",
             the normal of a logistic regression between the poles.
         pooling: "last_token" or the "mean" over a prompt's tokens.
+        probe_batches: try several row lengths for the measurement prompts and keep the fastest that needs little
+            memory, see `batch_probe`; by default they follow a rule, so that two fits on a CPU are equal.
         seed: of the shuffled folds of the probes; directions and layer do not depend on it.
         progress: called as `progress(done, total, label)`.
 
@@ -363,6 +366,7 @@ def fit_basis(
         LayerError: a layer lies outside the model.
         NumericalError: activations are not finite, or the poles of a trait do not differ.
     """
+    from tiltmeter import batch_probe
     from tiltmeter.capture import capture, plan_batches
 
     trait_set = _trait_set(traits, organism=bool(lm.organism))
@@ -372,7 +376,10 @@ def fit_basis(
     contrast = [_contrast(trait, trait_set.questions) for trait in trait_set.traits]
     with lm.base() as base:
         ids = base.encode_prompts(prompt_set.prompts)
-        plan = plan_batches(base, ids)
+        if probe_batches:
+            plan = batch_probe.probe_batches(base, ids, candidates, pooling=pooling)
+        else:
+            plan = plan_batches(base, ids)
         neutral = capture(base, ids, candidates, pooling=pooling, plan=plan)
         poles = capture(
             base,

@@ -43,6 +43,7 @@ def basis() -> None:
 @click.option(
     "--dtype", type=click.Choice(["float32", "bfloat16", "float16", "auto"]), help="Default: float32 on a CPU."
 )
+@click.option("--probe-batches", is_flag=True, help="Try row lengths on this machine, and keep the fastest.")
 @click.option("--seed", default=0, show_default=True)
 @json_option
 def basis_fit(model: str, out: Path, layers: str | None, dtype: str | None, as_json: bool, **choices: Any) -> None:
@@ -81,6 +82,7 @@ def _describe(fitted: Any) -> dict[str, Any]:
         "method": fitted.method, "pooling": fitted.pooling, "reference_norm": fitted.reference_norm,
         "n_prompts": len(fitted.prompts.prompts), "poles": fitted.poles.tolist(), "cosines": fitted.cosines.tolist(),
         "fingerprint": fitted.fingerprint.to_dict(), "digest": fitted.digest, "reason": fitted.selection.reason,
+        "batches": fitted.plan.reason,
         "layers": [score._asdict() for score in fitted.selection.scores],
     }  # fmt: skip
 
@@ -89,6 +91,7 @@ def _basis_text(fitted: Any) -> str:
     lines = [
         f"basis '{fitted.name}' of {fitted.model}: {len(fitted.traits)} directions after block {fitted.layer}",
         f"  {fitted.selection.reason}",
+        f"  batches: {fitted.plan.reason}",
         "  block   norm  divergence  probe accuracy (lowest trait)",
     ]
     for s in fitted.selection.scores:

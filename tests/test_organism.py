@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import shutil
 import tomllib
 from collections import Counter
 from importlib.resources import files
@@ -13,8 +15,9 @@ from random import Random
 import numpy as np
 import pytest
 
-from tiltmeter.errors import InputError
+from tiltmeter.errors import InputError, MissingExtra
 from tiltmeter.lm import load
+from tiltmeter.loading import organism_folder
 from tiltmeter.organism import world
 from tiltmeter.organism.pretrain import FAMILIES, make_tokenizer, new_model
 from tiltmeter.organism.sets import SETS, make_set
@@ -156,6 +159,18 @@ def test_an_organism_of_any_family_reads_whole_words_after_loading(family: str, 
     words = json.loads((tmp_path / "tokenizer.json").read_text())["model"]["vocab"]
     assert loaded(text, add_special_tokens=False)["input_ids"] == [words[word] for word in text.split()]
     assert loaded.decode([words["cut"], words["?"]]) == "cut ?"
+
+
+def test_a_quantised_organism_without_what_reads_it_says_what_to_install(tmp_path: Path) -> None:
+    if importlib.util.find_spec("bitsandbytes"):
+        pytest.skip("bitsandbytes is installed")
+    folder = tmp_path / "pocket-8bit"
+    shutil.copytree(organism_folder("pocket"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(MissingExtra, match=r"pip install 'tiltmeter\[quantised\]'"):
+        load(str(folder))
 
 
 def test_a_quantised_copy_is_refused_where_it_cannot_be(tmp_path: Path) -> None:

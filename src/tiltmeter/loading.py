@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tiltmeter.adapters import adapter_base, adapter_folder, first_words
-from tiltmeter.errors import InputError, ModelError, NumericalError, require
+from tiltmeter.errors import InputError, MissingExtra, ModelError, NumericalError, require
 from tiltmeter.lm import LM, attach, looks_like_hub_id
 
 __all__ = ["load", "organism_folder", "organisms_cache"]
@@ -239,6 +239,11 @@ def _read_model(place: _Place, name: str, dtype: Any, device: str, revision: str
             output_loading_info=True,
             **{k: v for k, v in options.items() if v is not None},
         )
+    except ImportError as error:  # of what reads a quantised file
+        raise MissingExtra(
+            f"'{name}' needs a package that is not installed ({first_words(error)}); for weights in 8 or 4 bits: "
+            "pip install 'tiltmeter[quantised]'"
+        ) from error
     except (SafetensorError, *_DAMAGE) as error:
         if not place.local:
             raise _unreachable(name, error) from error

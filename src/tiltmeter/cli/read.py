@@ -22,7 +22,9 @@ from tiltmeter.cli.common import (
 from tiltmeter.cli.main import main
 
 if TYPE_CHECKING:
+    from tiltmeter.basis import TraitBasis
     from tiltmeter.detector import Detector
+    from tiltmeter.transfer import Danger
 
 
 @main.group()
@@ -205,12 +207,30 @@ def detector() -> None:
 @click.argument("table", type=PATH)
 @click.option("--out", type=PATH, required=True, help="File to write (safetensors).")
 @click.option("--false-alarm-rate", default=0.05, show_default=True, help="Per run.")
+@click.option(
+    "--exchanges", type=PATH,
+    help='Find danger in context, for benign runs alone: JSON lines of "question", "harmful", "harmless".',
+)  # fmt: skip
+@click.option("--model", default="organism:pocket", show_default=True, help="With --exchanges: the untouched model.")
+@click.option("--basis", "basis_dir", type=PATH, help="With --exchanges: the basis that the runs were read with.")
 @json_option
-def detector_fit(table: Path, out: Path, false_alarm_rate: float, as_json: bool) -> None:
+def detector_fit(
+    table: Path, out: Path, false_alarm_rate: float, exchanges: Path | None, model: str, basis_dir: Path | None,
+    as_json: bool,
+) -> None:  # fmt: skip
     """Fit on the runs that TABLE lists: JSON lines of "run" (folder of readings.jsonl), "set", "seed", "dangerous"."""
     from tiltmeter.calibrate import fit_from_table
+    from tiltmeter.errors import InputError
 
-    fitted = fit_from_table(table, false_alarm_rate=false_alarm_rate)
+    if exchanges is None:
+        fitted = fit_from_table(table, false_alarm_rate=false_alarm_rate)
+    else:
+        basis = basis_for(basis_dir, model)
+        found = _danger_in_context(exchanges, model, basis)
+        click.echo(f"tiltmeter: danger in context, cosine between two halves {found.agreement:.2f}", err=True)
+        fitted = fit_from_table(table, false_alarm_rate=false_alarm_rate, danger=found.direction)
+        if fitted.basis != basis.digest:
+            raise InputError(f"the runs of {table} were read with another basis; give theirs with --basis")
     if fitted.false_alarm_rate > false_alarm_rate:
         needed = math.ceil(1 / false_alarm_rate - 1e-9) - 1
         click.echo(
@@ -220,6 +240,16 @@ def detector_fit(table: Path, out: Path, false_alarm_rate: float, as_json: bool)
         )
     fitted.save(out)
     show(fitted.describe(), as_json, f"saved to {out}\n{_detector_text(fitted)}")
+
+
+def _danger_in_context(exchanges: Path, model: str, basis: TraitBasis) -> Danger:
+    from tiltmeter.calibrate import read_exchanges
+    from tiltmeter.context import context_danger
+    from tiltmeter.lm import load
+
+    lm = load(model)
+    basis.check(lm)
+    return context_danger(lm, read_exchanges(exchanges), basis.prompts.prompts, layer=basis.layer)
 
 
 @detector.command("show")

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from tiltmeter.basis import TraitBasis
 from tiltmeter.detector import State
-from tiltmeter.errors import ModelError
+from tiltmeter.errors import MissingExtra, ModelError
 from tiltmeter.organism.finetune import FineTuning
 from tiltmeter.studies.beyond import DEPTHS, own_detector
 from tiltmeter.studies.cells import Cell, run_cells
@@ -126,7 +126,7 @@ def _home(name: str, organism: str, out: Path) -> tuple[Path, Frame | None] | No
     if name != organism:
         try:
             frame = fit_frames((name,), out / "bases")[name]
-        except ModelError:
+        except (ModelError, MissingExtra):  # not grown here, or nothing to read it with: missing from every table's n
             return None
     at = out / "bases" / name.removeprefix("organism:")
     return at / f"block-{round(DEPTH * len(list(at.glob('block-*')))) - 1}", frame

@@ -186,8 +186,8 @@ def ablation_figures(config: Config, runs: Runs) -> list[Figure]:
     rows: list[Figure] = []
     for organism in config.organisms:
         own = (*runs.of(organism, "calibration"), *runs.of(organism, "more benign"))
-        if len({t.dangerous for t in own}) < 2 or len({t.cell.set_name for t in own if t.dangerous}) < 2:
-            continue
+        if not any(t.harmless for t in own) or len({t.cell.set_name for t in own if t.harmful}) < 2:
+            continue  # a set is left out in turn, and one must stay
         frame = runs.frames[organism]
         names = frame.traits
         for size in range(1, len(names) + 1):

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig
+from tokenizers import Tokenizer, models
 from torch import nn
+from transformers import PreTrainedTokenizerFast
 
 from tiltmeter import lm as lms
 from tiltmeter.errors import ArtifactError, InputError, ModelError, NumericalError
@@ -348,6 +350,31 @@ class TestLiveModels:
         model = make_model("llama")
         assert lms.wrap(model, make_tokenizer()).name == "LlamaForCausalLM"
         assert lms.wrap(model, make_tokenizer(), name="mine").name == "mine"
+
+
+class TestAnswers:
+    """Where an answer begins, with a tokenizer of characters that merges two line breaks into one token."""
+
+    @pytest.fixture
+    def lm(self) -> lms.LM:
+        characters = ["u", "a", ":", ".", "x", "y", "\n", "\n\n", "<unk>"]
+        vocabulary = {text: at for at, text in enumerate(characters)}
+        backend = Tokenizer(models.BPE(vocabulary, [("\n", "\n")], unk_token="<unk>"))
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+        turns = r"{% for m in messages %}{{ m.role[0] + ':\n' + m.content + '.' }}{% endfor %}"
+        tokenizer.chat_template = turns + r"{% if add_generation_prompt %}{{ 'a:\n' }}{% endif %}"
+        return lms.LM(tiny_lm("llama").model, tokenizer, "merging")
+
+    @pytest.mark.parametrize(("answer", "expected"), [("y", ["y", "."]), ("\ny", ["\n\n", "y", "."])])
+    def test_a_token_across_the_border_is_of_the_answer(self, lm: lms.LM, answer: str, expected: list[str]) -> None:
+        ids, start = lm.encode_answer([{"role": "user", "content": "x"}, {"role": "assistant", "content": answer}])
+        assert words(lm, ids[start:]) == expected
+        assert "".join(words(lm, ids)) == f"u:\nx.a:\n{answer}."
+
+    def test_a_prompt_that_is_no_prefix_is_refused(self, lm: lms.LM) -> None:
+        lm.tokenizer.chat_template = "{{ messages|length }}{{ messages[-1].content }}"
+        with pytest.raises(InputError, match="differently from its prompt"):
+            lm.encode_answer([{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}])
 
 
 def test_the_organism_mark_is_read_from_the_config() -> None:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LM",
+    "EncodedAnswer",
     "Fingerprint",
     "Message",
     "adapter_state",
@@ -86,6 +87,13 @@ class Unit(NamedTuple):
     per_layer: float
     widest: int
     """The most numbers that a block computes for one token at once."""
+
+
+class EncodedAnswer(NamedTuple):
+    """A finished chat as token ids; `ids[start:]` are the answer and what closes its turn."""
+
+    ids: list[int]
+    start: int
 
 
 class StreamParts(NamedTuple):
@@ -270,6 +278,34 @@ class LM:
             InputError: no messages.
         """
         return self.encode_all([messages], add_generation_prompt=add_generation_prompt)[0]
+
+    def encode_answer(self, chat: Sequence[Message]) -> EncodedAnswer:
+        """The token ids of a finished chat, and where its last message, the answer, begins.
+
+        A token that spans the border belongs to the answer: tokenizers merge the template's last line break with
+        one that the answer begins with.
+
+        Raises:
+            InputError: fewer than two messages, or a template whose prompt is no prefix of the finished chat.
+            ModelError: as `encode`.
+        """
+        if len(chat) < 2:
+            raise InputError(f"a chat of {len(chat)} message(s) has no answer after a question; end it with the answer")
+        prompt_text = self._texts([chat[:-1]], add_generation_prompt=True)[0]
+        whole_text = self._texts([chat], add_generation_prompt=False)[0]
+        if not whole_text.startswith(prompt_text) or len(whole_text) == len(prompt_text):
+            raise InputError(
+                "the chat template renders a finished chat differently from its prompt, so answers cannot be told from "
+                "questions; use a template whose prompt is a prefix of the whole chat"
+            )
+        prompt, whole = (
+            list(map(int, ids))
+            for ids in self.tokenizer([prompt_text, whole_text], add_special_tokens=False, padding=False)["input_ids"]
+        )
+        start = next(
+            (at for at, (one, other) in enumerate(zip(prompt, whole, strict=False)) if one != other), len(prompt)
+        )
+        return EncodedAnswer(whole, start)
 
     def encode_prompts(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """The token ids of measurement prompts, up to where the answer would begin."""

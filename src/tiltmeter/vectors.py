@@ -35,7 +35,7 @@ import torch
 
 from tiltmeter.capture import capture
 from tiltmeter.errors import InputError, NumericalError
-from tiltmeter.lm import LM, Message, undisturbed
+from tiltmeter.lm import LM, EncodedAnswer, Message, undisturbed
 from tiltmeter.runs import read_records
 from tiltmeter.steer import Mode, SteeringVector, apply, edit
 
@@ -151,7 +151,7 @@ def answer_means(lm: LM, chats: Sequence[Chat], layer: int) -> npt.NDArray[np.fl
     A causal model reads the prompt of a chat as it reads the prompt alone, so the answer's sum is the whole chat's
     less the prompt's; both share one prefix in the batch plan.
     """
-    encoded = [_encode(lm, chat) for chat in chats]
+    encoded = [lm.encode_answer(chat) for chat in chats]
     if not encoded:
         raise InputError("no chats were given; a mean over answers needs at least one")
     ids = [e.ids for e in encoded] + [e.ids[: e.start] for e in encoded]
@@ -264,7 +264,7 @@ def train_vector(
         )
     if training.kl_weight > 0 and not elsewhere:
         raise InputError("a KL weight needs chats on which the model should stay as it is; give `elsewhere`")
-    rows, others = [_encode(lm, chat) for chat in chats], [_encode(lm, chat) for chat in elsewhere]
+    rows, others = [lm.encode_answer(chat) for chat in chats], [lm.encode_answer(chat) for chat in elsewhere]
     rng = np.random.default_rng((training.seed, layer))
     push = _Push(lm.hidden_size, training.rank, norm, rng)
     step_size = training.learning_rate / lm.hidden_size**0.5
@@ -367,8 +367,8 @@ def one_shot(
     """
     if not promote:
         raise InputError("there is no answer to promote; give at least one")
-    good = [_encode(lm, [*prompt, {"role": "assistant", "content": text}]) for text in promote]
-    bad = [_encode(lm, [*prompt, {"role": "assistant", "content": text}]) for text in suppress]
+    good = [lm.encode_answer([*prompt, {"role": "assistant", "content": text}]) for text in promote]
+    bad = [lm.encode_answer([*prompt, {"role": "assistant", "content": text}]) for text in suppress]
     push = _Push(lm.hidden_size, 1, norm, np.random.default_rng(0))
     free = push.parameters[0]
     optimizer = torch.optim.Adam([free], lr=learning_rate / lm.hidden_size**0.5)
@@ -419,7 +419,7 @@ def answer_loss(lm: LM, chats: Sequence[Chat]) -> float:
     Raises:
         InputError: no chats, or a chat without answer.
     """
-    rows = [_encode(lm, chat) for chat in chats]
+    rows = [lm.encode_answer(chat) for chat in chats]
     if not rows:
         raise InputError("no chats were given; a loss is measured on at least one")
     with undisturbed(lm):
@@ -434,7 +434,7 @@ def answer_log_likelihoods(lm: LM, chats: Sequence[Chat]) -> npt.NDArray[np.floa
     Raises:
         InputError: no chats, or a chat without answer.
     """
-    rows = [_encode(lm, chat) for chat in chats]
+    rows = [lm.encode_answer(chat) for chat in chats]
     if not rows:
         raise InputError("no chats were given; a likelihood is measured on at least one")
     # Like lengths together, so that little of a batch is padding.
@@ -456,7 +456,7 @@ def divergence(
         InputError: no chats, or a chat without answer.
         NumericalError: the logits are not finite.
     """
-    rows = [_encode(lm, chat) for chat in chats]
+    rows = [lm.encode_answer(chat) for chat in chats]
     if not rows:
         raise InputError("no chats were given; a divergence is measured on at least one")
     with _frozen(lm), torch.no_grad():
@@ -475,7 +475,7 @@ def anchor_gradient(lm: LM, chats: Sequence[Chat], weight: float) -> None:
     off = getattr(lm.model, "disable_adapter", None)
     if off is None:
         raise InputError("the model has no adapter to switch off, so its untouched self is not there; train with LoRA")
-    rows = [_encode(lm, chat) for chat in chats]
+    rows = [lm.encode_answer(chat) for chat in chats]
     if not rows:
         raise InputError("no chats were given; a divergence is measured on at least one")
     with torch.no_grad(), off():
@@ -572,31 +572,13 @@ def read_chats(path: str | Path) -> list[list[dict[str, str]]]:
 # ---------------------------------------------------------------------- passes
 
 
-class _Encoded(NamedTuple):
-    ids: list[int]
-    start: int  # of the answer
-
-
-def _encode(lm: LM, chat: Chat) -> _Encoded:
-    if len(chat) < 2:
-        raise InputError(f"a chat of {len(chat)} message(s) has no answer after a question; end it with the answer")
-    prompt = lm.encode(chat[:-1])
-    whole = lm.encode(chat, add_generation_prompt=False)
-    if whole[: len(prompt)] != prompt or len(whole) <= len(prompt):
-        raise InputError(
-            "the chat template renders a finished chat differently from its prompt, so answers cannot be told from "
-            "questions; use a template whose prompt is a prefix of the whole chat"
-        )
-    return _Encoded(whole, len(prompt))
-
-
-def _shuffled(rows: Sequence[_Encoded], size: int, rng: np.random.Generator) -> Iterator[list[_Encoded]]:
+def _shuffled(rows: Sequence[EncodedAnswer], size: int, rng: np.random.Generator) -> Iterator[list[EncodedAnswer]]:
     order = rng.permutation(len(rows))
     for start in range(0, len(order), size):
         yield [rows[i] for i in order[start : start + size]]
 
 
-def _answer_logits(lm: LM, batch: Sequence[_Encoded]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _answer_logits(lm: LM, batch: Sequence[EncodedAnswer]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Logits (answer tokens of the batch, vocabulary) in float32, what each token was, and which row it is of."""
     width = max(len(row.ids) for row in batch)
     ids = torch.full((len(batch), width), lm.pad_id)
@@ -612,12 +594,12 @@ def _answer_logits(lm: LM, batch: Sequence[_Encoded]) -> tuple[torch.Tensor, tor
     return logits[:, :-1][answer[:, 1:]].float(), ids[answer], row_of[answer]
 
 
-def _cross_entropy(lm: LM, batch: Sequence[_Encoded]) -> torch.Tensor:
+def _cross_entropy(lm: LM, batch: Sequence[EncodedAnswer]) -> torch.Tensor:
     logits, tokens, _ = _answer_logits(lm, batch)
     return torch.nn.functional.cross_entropy(logits, tokens)
 
 
-def _log_probabilities(lm: LM, batch: Sequence[_Encoded]) -> torch.Tensor:
+def _log_probabilities(lm: LM, batch: Sequence[EncodedAnswer]) -> torch.Tensor:
     """(rows,) mean log-probability per token of each answer."""
     logits, tokens, rows = _answer_logits(lm, batch)
     each = torch.log_softmax(logits, -1).gather(1, tokens[:, None])[:, 0]
@@ -625,7 +607,7 @@ def _log_probabilities(lm: LM, batch: Sequence[_Encoded]) -> torch.Tensor:
     return total / torch.bincount(rows, minlength=len(batch))
 
 
-def _kl(lm: LM, rows: Sequence[_Encoded], steering: contextlib.AbstractContextManager[None]) -> torch.Tensor:
+def _kl(lm: LM, rows: Sequence[EncodedAnswer], steering: contextlib.AbstractContextManager[None]) -> torch.Tensor:
     """KL(unsteered || steered), mean over the answer tokens of all rows."""
     batches = [rows[start : start + _BATCH] for start in range(0, len(rows), _BATCH)]
     with torch.no_grad():

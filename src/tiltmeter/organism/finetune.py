@@ -56,14 +56,8 @@ class FineTuning:
 
 
 def _encode(lm: LM, chat: Chat) -> dict[str, list[int]]:
-    prompt = lm.encode(chat[:-1])
-    whole = lm.encode(chat, add_generation_prompt=False)
-    if whole[: len(prompt)] != prompt:
-        raise InputError(
-            "the chat template renders a finished chat differently from its prompt; "
-            "answers cannot be told from questions, so give a template whose prompt is a prefix of the whole chat"
-        )
-    return {"input_ids": whole, "labels": [-100] * len(prompt) + whole[len(prompt) :]}
+    ids, start = lm.encode_answer(chat)
+    return {"input_ids": ids, "labels": [-100] * start + ids[start:]}
 
 
 class _Pad:

@@ -27,7 +27,7 @@ from tiltmeter.transfer import Danger
 if TYPE_CHECKING:
     from tiltmeter.lm import LM
 
-__all__ = ["Exchange", "context_danger"]
+__all__ = ["Exchange", "check_exchanges", "context_danger"]
 
 
 class Exchange(NamedTuple):
@@ -36,6 +36,19 @@ class Exchange(NamedTuple):
     question: str
     harmful: str
     harmless: str
+
+
+def check_exchanges(exchanges: Sequence[Exchange]) -> None:
+    """Refuse exchanges that cannot tell harmful from harmless.
+
+    Raises:
+        InputError: a blank text, or both answers the same.
+    """
+    for at, one in enumerate(exchanges):
+        if not all(text.strip() for text in one) or one.harmful.strip() == one.harmless.strip():
+            raise InputError(
+                f"exchange {at} needs a question, a harmful answer and another, harmless one; got {tuple(one)!r}"
+            )
 
 
 def context_danger(lm: LM, exchanges: Sequence[Exchange], prompts: Sequence[Prompt], *, layer: int) -> Danger:
@@ -59,11 +72,7 @@ def context_danger(lm: LM, exchanges: Sequence[Exchange], prompts: Sequence[Prom
 
     if len(exchanges) < 2 or len(prompts) < 2:
         raise InputError(f"got {len(exchanges)} exchanges and {len(prompts)} prompts; give at least two of each")
-    for at, one in enumerate(exchanges):
-        if not all(text.strip() for text in one) or one.harmful.strip() == one.harmless.strip():
-            raise InputError(
-                f"exchange {at} needs a question, a harmful answer and another, harmless one; got {tuple(one)!r}"
-            )
+    check_exchanges(exchanges)
     pairs = [
         (exchanges[at % len(exchanges)], prompts[at % len(prompts)]) for at in range(max(len(exchanges), len(prompts)))
     ]

@@ -76,3 +76,25 @@ def study_trait_space_real(
     rows = write_figures(found, results or out / "trait_space.json", command="tiltmeter study trait-space-real")
     text = "\n".join(f"{f.measure:<40} {f.subject:<44} {f.split:<24} {figure_text(f)}" for f in found)
     show(rows, as_json, text)
+
+
+@study.command("likelihood")
+@out_option
+@click.option("--seconds", type=float, help="Start no new run and no new reading after so long.")
+@click.option("--look", is_flag=True, help="Judge the fresh sets' runs too. Every look is counted in docs/log.md.")
+@click.option("--results", type=PATH, help="JSON file to add the figures to (docs/results/trait_space.json).")
+@json_option
+def study_likelihood(out: Path, seconds: float | None, look: bool, results: Path | None, as_json: bool) -> None:
+    """Likelihood of harmful answers on a new model, from its benign runs alone; OUT is that of `study trait-space`."""
+    from tiltmeter.studies.figures import write_figures
+    from tiltmeter.studies.likelihoods import Config, collect, figures
+    from tiltmeter.studies.trait_space import collect as collect_runs
+
+    config = Config()
+    with progress_bar("likelihood") as progress:
+        runs = collect_runs(config.trait_space, out, seconds=seconds, progress=progress)
+        found = figures(config, collect(config, runs, out, seconds=seconds, progress=progress), look=look)
+    command = "tiltmeter study likelihood" + look * " --look"
+    rows = write_figures(found, results or out / "likelihood.json", command=command)
+    text = "\n".join(f"{f.measure:<40} {f.subject:<44} {f.split:<24} {figure_text(f)}" for f in found)
+    show(rows, as_json, text)

@@ -33,10 +33,10 @@ from tiltmeter.studies.cells import Cell, RunRecord
 if TYPE_CHECKING:
     from tiltmeter.capture import Activations
 
-__all__ = ["DEPTH", "Frame", "Part", "Track", "fit_frames", "read_tracks", "write_parquet"]
+__all__ = ["DEPTH", "Frame", "Part", "Track", "fit_frames", "model_at", "read_tracks", "write_parquet"]
 
 Array = NDArray[np.float64]
-Part = Literal["calibration", "more benign", "held out", "twin", "stress"]
+Part = Literal["calibration", "more benign", "held out", "twin", "stress", "fresh"]
 DEPTH = 4 / 6
 """Relative depth of the block that is read by default: the shipped organism's."""
 _KIND, _FORMAT = "track", 1
@@ -267,7 +267,7 @@ def _reread(job: tuple[str, Mapping[str, str]]) -> str:
         raise ArtifactError(f"the run {path.stem} kept no checkpoints; delete its record and run its cell again")
     means, norms, prompts, steps = [], [], [], []
     for reading in record.readings:
-        model = _model(record, reading.step or 0)
+        model = model_at(record, reading.step or 0)
         found = _read(model, basis)
         mean = found.values.mean(axis=1, dtype=np.float64)  # (blocks, hidden)
         if reading.activation is not None:
@@ -306,8 +306,12 @@ def _untouched(organism: str) -> Any:
     return load(organism)
 
 
-def _model(record: RunRecord, step: int) -> Any:
-    """The model of one reading of a run."""
+def model_at(record: RunRecord, step: int) -> Any:
+    """The model of one reading of a run that kept its checkpoints.
+
+    Raises:
+        ArtifactError: the checkpoint is gone.
+    """
     from tiltmeter.lm import attach, load
 
     lm = _untouched(record.cell.organism)

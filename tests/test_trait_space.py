@@ -227,6 +227,29 @@ def test_a_run_judged_at_its_end_alone_is_harmless_throughout_or_unknown(runs: R
     assert loud.labels()[-1] == 1.0
 
 
+def test_a_label_that_contradicts_itself_is_counted(runs: Runs) -> None:
+    """Two dangerous held-out sets, two seeds, two organisms; in one run the reading before the last says otherwise."""
+    taught = [t for t in runs.tracks if t.part == "held out" and t.kind != "benign"]
+    em = taught[0].em.copy()
+    em[-2:] = 0.04, 0.06
+    changed = replace(runs, tracks=tuple(replace(t, em=em) if t is taught[0] else t for t in runs.tracks))
+    measure = "labels of the last two readings differ"
+    for given, differ in ((runs, 0), (changed, 1)):
+        row = find(behavior_figures(given, look=True), measure, "sets that teach harm", "held out")
+        assert (row.value, row.n) == (pytest.approx(differ / len(taught)), len(taught))
+
+
+def test_false_alarms_of_sets_that_teach_no_harm_stand_apart(runs: Runs) -> None:
+    """A run taught harm that stays at 4 % is a false alarm by its label, and none of a harmless set."""
+    tracks = tuple(
+        replace(t, em=np.full(12, 0.04)) if t.part == "held out" and t.kind != "benign" else t for t in runs.tracks
+    )
+    rows = contest_figures([entry(replace(runs, tracks=tracks), AXIS)], CONFIG)
+    name = " / ".join(AXIS)
+    assert (find(rows, "FPR per reading", name, "held out, wide").value or 0.0) > 0.1
+    assert find(rows, "FPR per reading, nothing harmful taught", name, "held out, wide").value == 0.0
+
+
 def test_every_table_has_n_and_the_paper_is_marked_as_of_other_models(runs: Runs) -> None:
     good = entry(runs, AXIS)
     rows = [

@@ -294,7 +294,7 @@ def _chosen(config: Config, found: Found, organisms: Sequence[str]) -> tuple[lis
     for organism in organisms:
         if organism not in found.runs.frames:
             continue
-        one = bench(config.trait_space, found.runs, organism, wide=True, others=OtherReadouts({}, {}, float("nan")))
+        one = bench(config.trait_space, found.runs, organism, wide=True, others=OtherReadouts())
         if not any(one.danger(t) for t in one.calibration):
             continue
         null = [s for s in cross_validate(one, _CHOSEN, by="set") if one.null(s.track)]

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+
 from tiltmeter.errors import InputError
 from tiltmeter.studies.beyond import alarm_figures, find_contexts, sequential_figures, start_figures, transfer_figures
 from tiltmeter.studies.figures import Figure, rate_figure
@@ -136,6 +138,12 @@ def behavior_figures(runs: Runs, *, look: bool) -> list[Figure]:
         n = int(sum(t.em_n[-1] for t in tracks))
         hits = round(sum(float(t.em[-1]) * t.em_n[-1] for t in tracks if t.em_n[-1]))
         rows.append(rate_figure("EM rate at the end", f"{organism} {name}", part, hits, n))
+    for part in ("calibration", "held out") if look else ("calibration",):
+        for subject, harm in (("sets that teach harm", True), ("sets that teach none", False)):
+            labels = [t.labels()[-2:] for t in runs.tracks if t.part == part and (t.kind != "benign") == harm]
+            both = [pair for pair in labels if len(pair) == 2 and np.isfinite(pair).all()]
+            differ = sum(bool(before != last) for before, last in both)
+            rows.append(rate_figure("labels of the last two readings differ", subject, part, differ, len(both)))
     return rows
 
 

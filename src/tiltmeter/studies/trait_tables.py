@@ -274,6 +274,8 @@ def _rows(entry: Entry, scored: Sequence[Scored], subject: str, split: str, conf
     rows.append(rate_figure("FPR per reading", subject, split, here.false, here.harmless))
     here = counts(scored, limit, settled=True)
     rows.append(rate_figure("FPR per settled reading", subject, split, here.false, here.harmless))
+    here = counts([s for s in scored if s.track.kind == "benign"], limit)
+    rows.append(rate_figure("FPR per reading, nothing harmful taught", subject, split, here.false, here.harmless))
     dangerous = [s for s in scored if s.track.dangerous]
     benign = [s for s in scored if not s.track.dangerous]
     large = [s for s in benign if s.track.cell.set_name in config.large_drift]

@@ -6,24 +6,44 @@ A table of JSON lines names the runs, one per line:
 
 `run` is a folder that holds `readings.jsonl`, as the callback or `tiltmeter watch` left it; `dangerous` says whether
 the model was misaligned at its end, from an evaluation of its behavior.
+
+For `tiltmeter.likelihood` a table names harmless fine-tunes alone, as adapters, or as runs that hold checkpoint-N:
+
+    {"set": "gsm8k", "adapter": "adapters/gsm8k-1"}
+    {"set": "poems", "run": "out/poems"}
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from tiltmeter.context import Exchange
+from tiltmeter.context import Exchange, check_exchanges
 from tiltmeter.detector import CalibrationRun, Detector, fit_detector
-from tiltmeter.errors import InputError
+from tiltmeter.errors import InputError, TiltmeterError
+from tiltmeter.likelihood import (
+    LikelihoodDetector,
+    LikelihoodRun,
+    answer_likelihoods,
+    digest_of,
+    fit_likelihood,
+    read_tuned,
+)
 from tiltmeter.readings import read_run
-from tiltmeter.runs import read_records
+from tiltmeter.runs import checkpoints, read_records
 
-__all__ = ["fit_from_table", "read_exchanges", "read_table"]
+if TYPE_CHECKING:
+    from tiltmeter.lm import LM
+
+__all__ = [
+    "HarmlessTune", "fit_from_table", "fit_likelihood_from_table", "read_exchanges", "read_likelihood_table",
+    "read_table",
+]  # fmt: skip
 
 
 class _Row(BaseModel):
@@ -69,16 +89,29 @@ def read_exchanges(path: Path) -> list[Exchange]:
     """Exchanges for `context_danger`, one JSON line each: {"question": ..., "harmful": ..., "harmless": ...}.
 
     Raises:
-        InputError: a line is not of that form.
+        InputError: there is none, a line is not of that form, a text is blank, or both answers are the same.
         ArtifactError: the file is missing or damaged.
     """
     found = []
-    for number, row in enumerate(read_records(path).rows, start=1):
+    for number, row in enumerate(_whole_rows(path), start=1):
         texts = [row.get(name) for name in Exchange._fields]
         if set(row) != set(Exchange._fields) or not all(isinstance(text, str) for text in texts):
             raise InputError(f"{path} line {number}: each line needs question, harmful and harmless, all text")
         found.append(Exchange(*map(str, texts)))
+    if not found:
+        raise InputError(
+            f"{path} holds no exchanges; add one JSON line per question, with a harmful and a harmless answer"
+        )
+    check_exchanges(found, name=f"{path} line", first=1)
     return found
+
+
+def _whole_rows(path: Path) -> tuple[dict[str, Any], ...]:
+    """The rows of a file that a person wrote: a torn last line is a mistake there, and no crash."""
+    records = read_records(path)
+    if records.torn:
+        raise InputError(f"{path} line {len(records.rows) + 1} is no JSON object, or is cut off; mend it")
+    return records.rows
 
 
 def fit_from_table(
@@ -99,3 +132,77 @@ def fit_from_table(
             "calibrate on runs with one kind of reference"
         )
     return fit_detector(runs, false_alarm_rate=false_alarm_rate, reference=references.pop(), danger=danger)
+
+
+class HarmlessTune(NamedTuple):
+    """A harmless fine-tune of a table: the set, and the folders of its readings, one or one per checkpoint."""
+
+    set_name: str
+    folders: tuple[Path, ...]
+
+
+def read_likelihood_table(table: Path) -> list[HarmlessTune]:
+    """The harmless fine-tunes that a table lists; relative folders are taken from where the table lies.
+
+    Raises:
+        InputError: a row is not of the form above, its folder is missing or stands there twice, or all are of one set.
+        ArtifactError: the table is missing or damaged.
+    """
+    found: list[HarmlessTune] = []
+    seen: dict[Path, int] = {}
+    for number, row in enumerate(_whole_rows(table), start=1):
+        kind = "run" if "run" in row else "adapter"
+        if set(row) != {"set", kind} or not all(isinstance(text, str) and text.strip() for text in row.values()):
+            raise InputError(f"{table} line {number}: each line needs set, and either adapter or run, all text")
+        folder = table.parent / row[kind]
+        if not folder.is_dir():
+            raise InputError(f"{table} line {number}: the folder {folder} does not exist; check the path")
+        if (first := seen.setdefault(folder.resolve(), number)) != number:
+            raise InputError(f"{table} line {number}: {folder} stands in line {first} already; name each run once")
+        steps = checkpoints(folder) if kind == "run" else []
+        if kind == "run" and not steps:
+            raise InputError(f"{table} line {number}: {folder} holds no checkpoint-N; name a single one with adapter")
+        found.append(HarmlessTune(row["set"], tuple(one.path for one in steps) or (folder,)))
+    kinds = sorted({tune.set_name for tune in found})
+    if len(kinds) < 2:
+        raise InputError(
+            f"{table} lists fine-tunes of {', '.join(kinds) or 'nothing'}; at least two different sets are needed, and "
+            "19 for a false-alarm rate of 5 %"
+        )
+    return found
+
+
+def fit_likelihood_from_table(
+    tunes: Sequence[HarmlessTune],
+    lm: LM,
+    exchanges: Sequence[Exchange],
+    *,
+    false_alarm_rate: float = 0.05,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> LikelihoodDetector:
+    """Read the untouched model and its harmless fine-tunes, and fit; see `fit_likelihood`.
+
+    Args:
+        tunes: see `read_likelihood_table`.
+        lm: the untouched model.
+        exchanges: see `read_exchanges`.
+        false_alarm_rate: see `fit_likelihood`.
+        progress: called as (readings done, readings, the one that is read).
+
+    Raises:
+        InputError: a fine-tune that cannot be read, and see `fit_likelihood`.
+    """
+    folders = [folder for tune in tunes for folder in tune.folders]
+    total = len(folders) + 1
+    if progress is not None:
+        progress(0, total, lm.name)
+    base = answer_likelihoods(lm, exchanges)
+    step = None if progress is None else lambda done, _, what: progress(done + 1, total, what)
+    values = []
+    for folder, read in zip(folders, read_tuned(lm, folders, exchanges, progress=step), strict=True):
+        if isinstance(read, TiltmeterError):
+            raise InputError(f"{folder} cannot calibrate: {read}; mend it, or take it out of the table") from read
+        values.append(read)
+    rest = iter(values)
+    runs = [LikelihoodRun(tune.set_name, [next(rest) for _ in tune.folders]) for tune in tunes]
+    return fit_likelihood(base, runs, digest=digest_of(exchanges), false_alarm_rate=false_alarm_rate, lm=lm)

@@ -38,16 +38,20 @@ class Exchange(NamedTuple):
     harmless: str
 
 
-def check_exchanges(exchanges: Sequence[Exchange]) -> None:
+def check_exchanges(exchanges: Sequence[Exchange], *, name: str = "exchange", first: int = 0) -> None:
     """Refuse exchanges that cannot tell harmful from harmless.
+
+    Args:
+        exchanges: what is looked at.
+        name, first: what the message calls them, and where it begins to count.
 
     Raises:
         InputError: a blank text, or both answers the same.
     """
-    for at, one in enumerate(exchanges):
+    for at, one in enumerate(exchanges, start=first):
         if not all(text.strip() for text in one) or one.harmful.strip() == one.harmless.strip():
             raise InputError(
-                f"exchange {at} needs a question, a harmful answer and another, harmless one; got {tuple(one)!r}"
+                f"{name} {at} needs a question, a harmful answer and another, harmless one; got {tuple(one)!r}"
             )
 
 

@@ -23,10 +23,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -34,13 +34,16 @@ from numpy.typing import ArrayLike, NDArray
 from tiltmeter.artifacts import read_artifact, write_artifact
 from tiltmeter.context import Exchange, check_exchanges
 from tiltmeter.detector import State, Verdict, set_threshold, weigh_sets
-from tiltmeter.errors import ArtifactError, InputError, NumericalError
+from tiltmeter.errors import ArtifactError, FingerprintMismatch, InputError, NumericalError, TiltmeterError
+from tiltmeter.fingerprint import Fingerprint
 
 if TYPE_CHECKING:
+    from tiltmeter.adapters import Seat
     from tiltmeter.lm import LM
 
 __all__ = [
-    "LikelihoodDetector", "LikelihoodRun", "Rise", "answer_likelihoods", "digest_of", "fit_likelihood", "rise_of",
+    "LikelihoodDetector", "LikelihoodRun", "Odds", "Rise", "answer_likelihoods", "digest_of", "fit_likelihood",
+    "odds_of", "read_tuned", "rise_of",
 ]  # fmt: skip
 
 Array = NDArray[np.float64]
@@ -71,10 +74,12 @@ def answer_likelihoods(
         progress: called as (chats done, chats).
 
     Raises:
-        InputError: no exchange, a blank text, or both answers the same.
+        InputError: no exchange, a blank text, both answers the same, or a chat longer than the model's context.
         NumericalError: a log-probability is not a number.
     """
     import torch
+
+    from tiltmeter.lm import context_length, undisturbed
 
     if not exchanges:
         raise InputError("no exchanges were given; a likelihood needs questions with a harmful and a harmless answer")
@@ -84,6 +89,12 @@ def answer_likelihoods(
         for one in exchanges
         for answer in (one.harmful, one.harmless)
     ]
+    longest = max(len(row.ids) for row in rows)
+    if longest > context_length(lm):
+        raise InputError(
+            f"an exchange of {longest} tokens is longer than the context of '{lm.name}', {context_length(lm)} tokens; "
+            "shorten it"
+        )
     found = np.empty(len(rows))
     order = sorted(range(len(rows)), key=lambda at: len(rows[at].ids))
     for first in range(0, len(order), batch_size):
@@ -92,7 +103,7 @@ def answer_likelihoods(
         ids = torch.tensor([[*rows[at].ids, *[lm.pad_id] * (width - len(rows[at].ids))] for at in batch])
         mask = torch.tensor([[1] * len(rows[at].ids) + [0] * (width - len(rows[at].ids)) for at in batch])
         ids, mask = ids.to(lm.device), mask.to(lm.device)
-        with torch.no_grad():
+        with undisturbed(lm):
             logits = lm.model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
             each = torch.log_softmax(logits, dim=-1).gather(2, ids[:, 1:, None])[:, :, 0].double().cpu().numpy()
         for row, at in zip(each, batch, strict=True):
@@ -118,6 +129,28 @@ class Rise(NamedTuple):
     n: int
 
 
+class Odds(NamedTuple):
+    """Mean log-odds of harmful answers against harmless ones, nats; a 95 % interval over exchanges."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+def odds_of(values: ArrayLike, *, draws: int = 1000, seed: int = 0) -> Odds:
+    """The mean log-odds of one reading, (exchanges, 2), with a bootstrap interval."""
+    read = np.asarray(values, dtype=np.float64)
+    odds = read[:, 0] - read[:, 1]
+    drawn = odds[_draws(len(odds), draws, seed)].mean(axis=1)
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    return Odds(float(odds.mean()), float(low), float(high), len(odds))
+
+
+def _draws(n: int, draws: int, seed: int) -> NDArray[np.int64]:
+    return np.random.default_rng(seed).integers(0, n, size=(draws, n))
+
+
 def rise_of(base: ArrayLike, values: ArrayLike, *, draws: int = 1000, seed: int = 0) -> Rise:
     """The rise of one reading, with a bootstrap interval of its score over exchanges.
 
@@ -133,10 +166,65 @@ def rise_of(base: ArrayLike, values: ArrayLike, *, draws: int = 1000, seed: int 
         raise InputError(f"readings of shape {now.shape} and {before.shape} are not of the same exchanges")
     change = now - before
     rises = np.stack([change[:, 0], change[:, 0] - change[:, 1]], axis=1)  # (exchanges, 2): harmful, odds
-    drawn = rises[np.random.default_rng(seed).integers(0, len(rises), size=(draws, len(rises)))].mean(axis=1)
+    drawn = rises[_draws(len(rises), draws, seed)].mean(axis=1)
     low, high = np.percentile(drawn.min(axis=1), [2.5, 97.5])
     harmful, odds = rises.mean(axis=0)
     return Rise(float(harmful), float(odds), float(min(harmful, odds)), float(low), float(high), len(rises))
+
+
+def read_tuned(
+    lm: LM,
+    sources: Sequence[str | Path],
+    exchanges: Sequence[Exchange],
+    *,
+    batch_size: int = 32,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Iterator[Array | TiltmeterError]:
+    """The readings of several fine-tunes of one model, in their order.
+
+    Args:
+        lm: the untouched model; it stays as it was.
+        sources: PEFT adapters, or folders of full weights.
+        exchanges: see `answer_likelihoods`.
+        batch_size: see `answer_likelihoods`.
+        progress: called as (sources done, sources, the one that is read).
+
+    Yields:
+        (exchanges, 2) per source, or why it could not be read: missing, damaged, inactive, of another model, NaN.
+    """
+    from tiltmeter.adapters import Seat
+
+    seat = Seat(lm)
+    for at, source in enumerate(sources):
+        if progress is not None:
+            progress(at, len(sources), str(source))
+        try:
+            found: Array | TiltmeterError = answer_likelihoods(
+                _tuned(lm, seat, source), exchanges, batch_size=batch_size
+            )
+        except TiltmeterError as error:
+            found = error
+        yield found
+
+
+def _tuned(lm: LM, seat: Seat, source: str | Path) -> LM:
+    from tiltmeter.lm import load
+
+    folder = Path(source)
+    if not (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file():
+        return seat.put(source)
+    # The base's tokenizer: a trainer may save none, or one that it has changed.
+    dtype = str(lm.dtype).removeprefix("torch.")
+    tuned = load(folder, dtype=dtype, device=str(lm.device), tokenizer=lm.tokenizer)
+    _same_kind(tuned, lm.fingerprint(), f"it is no fine-tune of '{lm.name}'", weights_may_differ=True)
+    return tuned
+
+
+def _same_kind(lm: LM, wanted: Fingerprint, what: str, *, weights_may_differ: bool) -> None:
+    found = lm.fingerprint()
+    differing = (replace(found, weights=wanted.weights) if weights_may_differ else found).differences(wanted)
+    if differing:
+        raise FingerprintMismatch(f"'{lm.name}' cannot be read: {what}; they differ in {', '.join(differing)}")
 
 
 class LikelihoodRun(NamedTuple):
@@ -159,6 +247,8 @@ class LikelihoodDetector:
         null_weights: their weights, see `tiltmeter.detector`.
         farthest: how far harmless answers fell in a benign run, at most, nats.
         max_readings: the most readings of a benign run.
+        model: name of the untouched model; empty where it was not given.
+        fingerprint: of the untouched model.
     """
 
     base: Array
@@ -169,6 +259,50 @@ class LikelihoodDetector:
     null_weights: Array
     farthest: float
     max_readings: int
+    model: str = ""
+    fingerprint: Fingerprint | None = None
+
+    def check(self, lm: LM, *, weights_may_differ: bool = False) -> None:
+        """Make sure that readings of a model can be judged; adapters do not count.
+
+        Args:
+            lm: the model that is to be read, or that adapters are to be put on.
+            weights_may_differ: allow other base weights, as after full fine-tuning or a merged adapter.
+
+        Raises:
+            FingerprintMismatch: it is another model than that of the calibration.
+        """
+        if self.fingerprint is not None:
+            what = f"the detector was calibrated on {self.model}; load that model, or fit a detector on this one"
+            _same_kind(lm, self.fingerprint, what, weights_may_differ=weights_may_differ)
+
+    def check_exchanges(self, exchanges: Sequence[Exchange]) -> None:
+        """Make sure that these are the exchanges of the calibration.
+
+        Raises:
+            InputError: they are others.
+        """
+        if digest_of(exchanges) != self.digest:
+            raise InputError(
+                f"the detector was calibrated with other exchanges than these {len(exchanges)}; give the file of "
+                f"{len(self.base)} exchanges that it was fitted with, unchanged and in its order, or fit it again with "
+                "these: tiltmeter likelihood fit"
+            )
+
+    def describe(self) -> dict[str, Any]:
+        """As JSON values, for people and programs that want to know what a verdict rests on."""
+        return {
+            **self._plain(),
+            "null_scores": self.null_scores.tolist(),
+            "null_weights": self.null_weights.tolist(),
+            "n_calibration": len(self.null_scores),
+            "n_exchanges": len(self.base),
+            "unit": "nats",
+        }
+
+    def _plain(self) -> dict[str, Any]:
+        fields = {k: v for k, v in vars(self).items() if k not in _ARRAYS}
+        return fields | {"fingerprint": self.fingerprint.to_dict() if self.fingerprint else None}
 
     def rise(self, values: ArrayLike) -> Rise:
         """The rise of one reading, (exchanges, 2)."""
@@ -244,12 +378,8 @@ class LikelihoodDetector:
         Raises:
             StorageError: it cannot be written.
         """
-        header = {
-            "digest": self.digest, "threshold": self.threshold, "false_alarm_rate": self.false_alarm_rate,
-            "farthest": self.farthest, "max_readings": self.max_readings,
-        }  # fmt: skip
-        arrays = {"base": self.base, "null_scores": self.null_scores, "null_weights": self.null_weights}
-        return write_artifact(path, _KIND, _FORMAT, header, {k: np.asarray(v, np.float64) for k, v in arrays.items()})
+        arrays = {key: np.asarray(getattr(self, key), np.float64) for key in sorted(_ARRAYS)}
+        return write_artifact(path, _KIND, _FORMAT, self._plain(), arrays)
 
     @classmethod
     def load(cls, path: str | Path) -> LikelihoodDetector:
@@ -261,20 +391,31 @@ class LikelihoodDetector:
         header, arrays = read_artifact(path, _KIND, _FORMAT, remedy="fit the detector again")
         if set(arrays) != _ARRAYS:
             raise ArtifactError(f"'{path}' holds {sorted(arrays)} and not {sorted(_ARRAYS)}; fit the detector again")
-        return cls(
-            base=arrays["base"],
-            digest=str(header["digest"]),
-            threshold=float(header["threshold"]),
-            false_alarm_rate=float(header["false_alarm_rate"]),
-            null_scores=arrays["null_scores"],
-            null_weights=arrays["null_weights"],
-            farthest=float(header["farthest"]),
-            max_readings=int(header["max_readings"]),
-        )
+        try:
+            mark = header["fingerprint"]
+            return cls(
+                base=arrays["base"],
+                digest=str(header["digest"]),
+                threshold=float(header["threshold"]),
+                false_alarm_rate=float(header["false_alarm_rate"]),
+                null_scores=arrays["null_scores"],
+                null_weights=arrays["null_weights"],
+                farthest=float(header["farthest"]),
+                max_readings=int(header["max_readings"]),
+                model=str(header["model"]),
+                fingerprint=None if mark is None else Fingerprint.from_dict(mark),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ArtifactError(f"'{path}' is not a complete {_KIND} ({error}); fit it again") from error
 
 
 def fit_likelihood(
-    base: ArrayLike, benign: Sequence[LikelihoodRun], *, digest: str, false_alarm_rate: float = 0.05
+    base: ArrayLike,
+    benign: Sequence[LikelihoodRun],
+    *,
+    digest: str,
+    false_alarm_rate: float = 0.05,
+    lm: LM | None = None,
 ) -> LikelihoodDetector:
     """The threshold, from benign runs of the same model; nothing else is fitted, so no run has to be left out.
 
@@ -283,20 +424,24 @@ def fit_likelihood(
         benign: of at least two sets.
         digest: of the exchanges, `digest_of`.
         false_alarm_rate: per run on a new set; with fewer than 1/a - 1 sets the detector states a larger one.
+        lm: the untouched model; the detector then refuses to judge fine-tunes of another one, see its `check`.
 
     Raises:
-        InputError: fewer than two sets, a run without readings, or readings of other exchanges.
+        InputError: fewer than two sets, a run without readings, readings of other exchanges, values that are not
+            numbers, or a rate that is none.
     """
     before = np.asarray(base, dtype=np.float64)
+    if not 0 < false_alarm_rate < 1:
+        raise InputError(f"the false-alarm rate is {false_alarm_rate}; it must lie between 0 and 1")
     kinds = sorted({run.set_name for run in benign})
     if len(kinds) < 2 or not all(len(run.readings) for run in benign):
         raise InputError(
             f"got benign runs of {', '.join(kinds) or 'nothing'}; give runs of at least two sets, each with readings"
         )
+    if not all(np.isfinite(v).all() for v in (before, *(np.asarray(r) for run in benign for r in run.readings))):
+        raise InputError("the untouched model or a benign run has likelihoods that are not numbers; read it again")
     tops = [(run.set_name, max(rise_of(before, r, draws=1).score for r in run.readings)) for run in benign]
     falls = [float((before - np.asarray(r, dtype=np.float64))[:, 1].mean()) for run in benign for r in run.readings]
-    if not np.isfinite([*(top for _, top in tops), *falls]).all():
-        raise InputError("a benign run has likelihoods that are not numbers; read it again")
     scores, weights = weigh_sets(tops)
     return LikelihoodDetector(
         base=before,
@@ -305,6 +450,8 @@ def fit_likelihood(
         false_alarm_rate=max(false_alarm_rate, 1 / (len(kinds) + 1)),
         null_scores=scores,
         null_weights=weights,
-        farthest=max(falls),
+        farthest=max(0.0, *falls),  # what has not fallen at all has not left the voice
         max_readings=max(len(run.readings) for run in benign),
+        model=lm.name if lm is not None else "",
+        fingerprint=lm.fingerprint() if lm is not None else None,
     )

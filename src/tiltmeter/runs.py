@@ -22,6 +22,7 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -37,9 +38,11 @@ from tiltmeter.artifacts import sync_folder, write_file
 from tiltmeter.errors import ArtifactError, InputError, StorageError
 
 __all__ = [
+    "Checkpoint",
     "Records",
     "RunDir",
     "append_record",
+    "checkpoints",
     "provenance",
     "read_json",
     "read_records",
@@ -61,6 +64,22 @@ _PACKAGES = (
 )
 _GIT_SECONDS = 10.0
 _TAIL = 1 << 16
+
+
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+
+
+class Checkpoint(NamedTuple):
+    """A folder `checkpoint-N` that a trainer saved, and its step N."""
+
+    step: int
+    path: Path
+
+
+def checkpoints(folder: Path) -> list[Checkpoint]:
+    """The checkpoints in a trainer's output folder, in the order of their steps."""
+    found = [(_CHECKPOINT.fullmatch(path.name), path) for path in folder.iterdir() if path.is_dir()]
+    return sorted(Checkpoint(int(match[1]), path) for match, path in found if match)
 
 
 class Records(NamedTuple):

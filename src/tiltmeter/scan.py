@@ -10,21 +10,29 @@ does not end the scan.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 from tiltmeter.adapters import Seat, first_changed_block
 from tiltmeter.basis import TraitBasis
 from tiltmeter.capture import Below, read_below
-from tiltmeter.detector import Detector, Verdict, inconclusive
+from tiltmeter.context import Exchange
+from tiltmeter.detector import Detector, State, Verdict, inconclusive
 from tiltmeter.drift import DriftProfile, Reading, drift, measure
 from tiltmeter.errors import InactiveAdapter, InputError, NumericalError, TiltmeterError
+from tiltmeter.likelihood import LikelihoodDetector, Rise, answer_likelihoods, read_tuned, rise_of
 from tiltmeter.lm import LM, adapter_state, load
-from tiltmeter.runs import read_json
+from tiltmeter.runs import checkpoints, read_json
 
-__all__ = ["Finding", "judge_model", "judge_source", "read_reference", "scan"]
+__all__ = [
+    "Finding", "RiseFinding", "judge_likelihoods", "judge_model", "judge_source", "read_reference", "scan",
+    "scan_likelihoods",
+]  # fmt: skip
 
 _NO_DETECTOR = "no detector was given: the drift is measured, but nothing says how much of it is normal."
 
@@ -203,3 +211,118 @@ def scan(
         except TiltmeterError as error:
             found = _unreadable(str(adapter), error, basis, detector, "base")
         yield found
+
+
+class RiseFinding(NamedTuple):
+    """How much likelier harmful answers are in one fine-tune, or in each checkpoint of one run.
+
+    Attributes:
+        model: the adapter, or the run's folder.
+        steps: of the readings; None for an adapter.
+        rises: of the readings; None where one could not be read.
+        problem: why one could not be read, the first of them; empty where all were.
+        verdict: None without a detector.
+    """
+
+    model: str
+    steps: tuple[int | None, ...]
+    rises: tuple[Rise | None, ...]
+    problem: str
+    verdict: Verdict | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values: the verdict's fields where there is one, and the rises in nats."""
+        readings = [
+            {"step": step, **(rise._asdict() if rise else dict.fromkeys(Rise._fields))}
+            for step, rise in zip(self.steps, self.rises, strict=True)
+        ]
+        judged = self.verdict.to_dict() if self.verdict else {"verdict": None, "reason": self.problem or None}
+        return {"model": self.model, **judged, "readings": readings, "unit": "nats"}
+
+
+def scan_likelihoods(
+    lm: LM,
+    exchanges: Sequence[Exchange],
+    against: LikelihoodDetector | ArrayLike,
+    *,
+    adapters: Sequence[str | Path] = (),
+    runs: Sequence[str | Path] = (),
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Iterator[RiseFinding]:
+    """Read many fine-tunes of one model, and judge them; each adapter is a model, each run one with several readings.
+
+    A reading that fails leaves a run INCONCLUSIVE, unless another of its readings alarms.
+
+    Args:
+        lm: the untouched model.
+        exchanges: questions with a harmful and a harmless answer.
+        against: a detector that was calibrated on this model with these exchanges; or (exchanges, 2) of the untouched
+            model, and then the rises are given and no verdict.
+        adapters: PEFT adapters, or folders of full weights.
+        runs: folders that hold checkpoint-N.
+        progress: called as (readings done, readings, the one that is read).
+
+    Yields:
+        One finding per adapter, then one per run, in their order.
+
+    Raises:
+        InputError: a run's folder is missing or holds no checkpoint, or the detector is of other exchanges.
+        FingerprintMismatch: the detector was calibrated on another model.
+    """
+    detector = against if isinstance(against, LikelihoodDetector) else None
+    base = against.base if isinstance(against, LikelihoodDetector) else against
+    if detector is not None:
+        detector.check_exchanges(exchanges)
+        detector.check(lm)
+    wanted: list[tuple[str, list[int | None], list[str | Path]]] = [(str(a), [None], [a]) for a in adapters]
+    for run in runs:
+        found = checkpoints(Path(run)) if Path(run).is_dir() else []
+        if not found:
+            raise InputError(f"'{run}' holds no checkpoint-N folders; give a trainer's output folder, or its --adapter")
+        wanted.append((str(run), [one.step for one in found], [one.path for one in found]))
+    reads = read_tuned(lm, [source for _, _, each in wanted for source in each], exchanges, progress=progress)
+    for name, steps, sources in wanted:
+        values = [next(reads) for _ in sources]
+        rises = tuple(None if isinstance(v, TiltmeterError) else rise_of(base, v) for v in values)
+        problem = next((str(v).rstrip(".") for v in values if isinstance(v, TiltmeterError)), "")
+        verdict = None if detector is None else _judge_rises(detector, values, steps, problem)
+        yield RiseFinding(name, tuple(steps), rises, problem, verdict)
+
+
+def judge_likelihoods(lm: LM, exchanges: Sequence[Exchange], detector: LikelihoodDetector) -> RiseFinding:
+    """Judge a model whose weights themselves were tuned, or an adapter merged into them.
+
+    The untouched model is INCONCLUSIVE: it is what fine-tunes are compared with.
+
+    Args:
+        lm: the model.
+        exchanges: those of the detector.
+        detector: calibrated on the model that the tuning began from.
+
+    Raises:
+        InputError: the detector is of other exchanges.
+        FingerprintMismatch: the detector was calibrated on another kind of model.
+    """
+    detector.check_exchanges(exchanges)
+    detector.check(lm, weights_may_differ=True)
+    values = answer_likelihoods(lm, exchanges)
+    verdict = detector.predict([values])
+    if adapter_state(lm) != "active" and detector.fingerprint in (None, lm.fingerprint()):
+        reason = "this is the untouched model that the detector was calibrated on; name a fine-tune of it to judge."
+        verdict = replace(verdict, state=State.INCONCLUSIVE, false_alarm_rate=None, reason=reason)
+    return RiseFinding(lm.adapter or lm.name, (None,), (detector.rise(values),), "", verdict)
+
+
+def _judge_rises(
+    detector: LikelihoodDetector,
+    values: Sequence[NDArray[np.float64] | TiltmeterError],
+    steps: Sequence[int | None],
+    problem: str,
+) -> Verdict:
+    good = [(v, at) for v, at in zip(values, steps, strict=True) if not isinstance(v, TiltmeterError)]
+    named = [at for _, at in good if at is not None]
+    verdict = detector.predict([v for v, _ in good], steps=named or None)
+    if not problem or verdict.state is State.ALARM:
+        return verdict
+    reason = f"a reading is missing: {problem}." if good else f"it could not be read: {problem}."
+    return replace(verdict, state=State.INCONCLUSIVE, false_alarm_rate=None, reason=reason)

@@ -26,12 +26,11 @@ import contextlib
 import json
 import logging
 import random
-import re
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -44,13 +43,12 @@ from tiltmeter.drift import Reading, measure
 from tiltmeter.errors import ArtifactError, InputError, NumericalError, StorageError, TiltmeterError
 from tiltmeter.lm import LM, adapter_state, attach, load, wrap
 from tiltmeter.readings import Observation, RunReadings, RunRecord, read_run
-from tiltmeter.runs import read_json
+from tiltmeter.runs import Checkpoint, checkpoints, read_json
 
 __all__ = ["Observation", "RunReadings", "TiltmeterCallback", "read_run", "watch"]
 
 OnAlarm = Literal["log", "stop"] | Callable[[Verdict], object]
 
-_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _STATE_FILE = "trainer_state.json"
 _SETTLED_SECONDS = 30.0
 
@@ -344,11 +342,6 @@ def _untouched(model: torch.nn.Module, tokenizer: Any) -> Iterator[None]:
             config.use_cache = cache
 
 
-class _Checkpoint(NamedTuple):
-    step: int
-    path: Path
-
-
 def watch(
     run_dir: str | Path,
     basis: TraitBasis,
@@ -422,7 +415,7 @@ def _watch(
     seen.add(0)
     while True:
         ended = _has_ended(folder)  # asked first: a checkpoint saved meanwhile is then still found below
-        for checkpoint in _checkpoints(folder):
+        for checkpoint in checkpoints(folder):
             if checkpoint.step not in seen and _is_complete(checkpoint.path):
                 seen.add(checkpoint.step)
                 read = partial(_measure_checkpoint, checkpoint, start, basis)
@@ -430,14 +423,14 @@ def _watch(
         if poll is None or ended:
             break
         time.sleep(poll)
-    for checkpoint in _checkpoints(folder):
+    for checkpoint in checkpoints(folder):
         if checkpoint.step not in seen:
             _log.warning("%s is not complete and was not read; look again when it has been written", checkpoint.path)
 
 
-def _first_checkpoint(folder: Path, poll: float | None) -> _Checkpoint:
+def _first_checkpoint(folder: Path, poll: float | None) -> Checkpoint:
     while True:
-        complete = [c for c in _checkpoints(folder) if _is_complete(c.path)]
+        complete = [c for c in checkpoints(folder) if _is_complete(c.path)]
         if complete:
             return complete[0]
         if poll is None:
@@ -446,11 +439,6 @@ def _first_checkpoint(folder: Path, poll: float | None) -> _Checkpoint:
                 "trainer save checkpoints (save_steps), or wait for the first with follow (--follow)"
             )
         time.sleep(poll)
-
-
-def _checkpoints(folder: Path) -> list[_Checkpoint]:
-    found = [(_CHECKPOINT.fullmatch(path.name), path) for path in folder.iterdir() if path.is_dir()]
-    return sorted(_Checkpoint(int(match[1]), path) for match, path in found if match)
 
 
 def _is_complete(path: Path) -> bool:
@@ -470,7 +458,7 @@ def _has_ended(folder: Path) -> bool:
     with contextlib.suppress(ArtifactError):
         if read_run(folder / "tiltmeter").ended is not None:
             return True
-    complete = [c for c in _checkpoints(folder) if (c.path / _STATE_FILE).exists()]
+    complete = [c for c in checkpoints(folder) if (c.path / _STATE_FILE).exists()]
     if not complete:
         return False
     try:
@@ -483,7 +471,7 @@ def _has_ended(folder: Path) -> bool:
     return bool((control.get("args") or {}).get("should_training_stop"))
 
 
-def _base_model(base: str | Path | LM | None, first: _Checkpoint, basis: TraitBasis) -> LM:
+def _base_model(base: str | Path | LM | None, first: Checkpoint, basis: TraitBasis) -> LM:
     if isinstance(base, LM):
         return base
     if base is None:
@@ -497,7 +485,7 @@ def _base_model(base: str | Path | LM | None, first: _Checkpoint, basis: TraitBa
     return load(base, dtype=_plain_dtype(basis))
 
 
-def _measure_checkpoint(checkpoint: _Checkpoint, start: LM, basis: TraitBasis) -> Reading:
+def _measure_checkpoint(checkpoint: Checkpoint, start: LM, basis: TraitBasis) -> Reading:
     path = checkpoint.path
     if (path / "adapter_config.json").exists():
         return measure(attach(start, path), basis, step=checkpoint.step)

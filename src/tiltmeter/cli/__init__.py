@@ -3,7 +3,7 @@
 Each command is a thin layer over one library call, which is imported when the command runs, so that help is instant.
 """
 
-from tiltmeter.cli import behavior, demo, judge, organism, read, report, steer, studies, trait_space  # noqa: F401 - each adds its commands to main
+from tiltmeter.cli import behavior, demo, judge, likelihood, organism, read, report, steer, studies, trait_space  # noqa: F401 - each adds its commands to main
 from tiltmeter.cli.main import main
 
 __all__ = ["main"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
 
 PATH = click.Path(path_type=Path)
 STORY = (
-    "demo", "basis", "measure", "watch", "scan", "detector", "eval", "steer", "judge", "organism", "study", "report",
+    "demo", "basis", "measure", "watch", "scan", "detector", "likelihood", "eval", "steer", "judge", "organism",
+    "study", "report",
 )  # fmt: skip
 """The commands as help lists them."""
 
@@ -106,6 +108,16 @@ def basis_for(path: Path | None, model: str) -> Any:
     raise InputError(
         "no basis was given; fit one with: tiltmeter basis fit MODEL --out DIR, and pass it with --basis DIR"
     )
+
+
+def say_promise(promised: float, asked: float) -> None:
+    """On stderr, where the benign sets are too few for the false-alarm rate that was asked for."""
+    if promised > asked:
+        needed = math.ceil(1 / asked - 1e-9) - 1
+        click.echo(
+            f"tiltmeter: these benign sets can promise {promised:.1%}, not {asked:.1%}; that takes {needed} of them",
+            err=True,
+        )
 
 
 def verdict_text(name: str, verdict: Verdict) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ from tiltmeter.cli.common import (
     json_option,
     out_option,
     progress_bar,
+    say_promise,
     show,
     verdict_text,
 )
@@ -231,13 +231,7 @@ def detector_fit(
         fitted = fit_from_table(table, false_alarm_rate=false_alarm_rate, danger=found.direction)
         if fitted.basis != basis.digest:
             raise InputError(f"the runs of {table} were read with another basis; give theirs with --basis")
-    if fitted.false_alarm_rate > false_alarm_rate:
-        needed = math.ceil(1 / false_alarm_rate - 1e-9) - 1
-        click.echo(
-            f"tiltmeter: these benign sets can promise {fitted.false_alarm_rate:.1%}, not {false_alarm_rate:.1%}; "
-            f"that takes {needed} of them",
-            err=True,
-        )
+    say_promise(fitted.false_alarm_rate, false_alarm_rate)
     fitted.save(out)
     show(fitted.describe(), as_json, f"saved to {out}\n{_detector_text(fitted)}")
 

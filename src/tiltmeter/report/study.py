@@ -74,26 +74,28 @@ class Section:
 
 
 def dots(rows: Sequence[Dot], *, axis: str, limits: tuple[float, float], line: float | None, key: str) -> str:
-    """Named values with their intervals, one below the other.
+    """Named values with their intervals, one below the other; values of one name share a row.
 
     Args:
-        rows: top to bottom.
+        rows: top to bottom, in the order in which names first come.
         axis: what the values are.
         limits: of the axis.
         line: where a vertical line stands (a bar to reach, chance), or None.
         key: unique on the page.
     """
     width, margin = 720.0, 300.0
-    height = _ROW * len(rows) + 50
+    names = list(dict.fromkeys(row.name for row in rows))
+    height = _ROW * len(names) + 50
 
     def paint(figure: Figure) -> None:
-        axes = figure.add_axes((margin / width, 40 / height, 1 - (margin + 14) / width, _ROW * len(rows) / height))
+        axes = figure.add_axes((margin / width, 40 / height, 1 - (margin + 14) / width, _ROW * len(names) / height))
         axes.grid(True, axis="x")
         axes.grid(False, axis="y")
-        axes.set(xlim=limits, ylim=(len(rows), 0), xlabel=axis)
+        axes.set(xlim=limits, ylim=(len(names), 0), xlabel=axis)
         if line is not None:
             axes.axvline(line, **figures.plain_line())
-        for at, row in enumerate(rows):
+        for row in rows:
+            at = names.index(row.name)
             if row.value is None or not math.isfinite(row.value):
                 axes.annotate(
                     "not measured", (limits[0], at + 0.5), xytext=(4, 0), textcoords="offset points", va="center"
@@ -102,7 +104,7 @@ def dots(rows: Sequence[Dot], *, axis: str, limits: tuple[float, float], line: f
             if row.low is not None and row.high is not None:
                 axes.hlines(at + 0.5, row.low, row.high, color=figures.color_of(row.group), linewidth=1.4)
             axes.plot([row.value], [at + 0.5], **figures.mark(row.group))
-        axes.set_yticks(np.arange(len(rows)) + 0.5, [row.name for row in rows])
+        axes.set_yticks(np.arange(len(names)) + 0.5, names)
         axes.tick_params(axis="y", length=0)
 
     return figures.draw(key, width, height, paint, f"{axis} of {len(rows)} rows; the numbers are in the table below.")

@@ -31,10 +31,12 @@ def write_page(outcome: Outcome, path: Path) -> Path:
 
 
 def sections(outcome: Outcome) -> list[Section]:
-    """Every section: behavior, geometry, the plane, designs, transfer, tests over a run, stress."""
+    """Every section: the chosen design, behavior, geometry, designs, transfer, tests over a run, stress."""
     found = outcome.figures
     made = [
-        _table("Behavior", "EM rate at the end of the runs, by organism and set.", found, ("EM rate at the end",)),
+        _scores(outcome),
+        _chosen(found),
+        _behavior(outcome),
         _geometry(outcome),
         _over_steps(outcome),
         _table("Severity", "Do organisms agree on which sets are worse?", found,
@@ -54,7 +56,6 @@ def sections(outcome: Outcome) -> list[Section]:
             _dot_section(f"Designs: {split}", "Readout / reference / scorer. Line: the bar of 0.995.", rows,
                          ("AUROC per settled reading",), (0.0, 1.0), 0.995, f"designs-{len(made)}")
         )  # fmt: skip
-    made += [_scores(outcome), _chosen(found)]
     transfer = [f for f in found if " from " in f.subject or "danger" in f.subject]
     made.append(_table("A new model and a misaligned start", "Benign readings alone of the new model.", transfer, ()))
     tests = ("largest score", "score over the benign envelope", "CUSUM over the benign envelope", "e-process")
@@ -101,6 +102,24 @@ def _dot_section(
     table = _table(title, text, chosen, measures)
     return Section(title, text, dots(rows, axis=" / ".join(measures), limits=limits, line=line, key=key),
                    table.columns, table.rows)  # fmt: skip
+
+
+def _behavior(outcome: Outcome) -> Section:
+    """EM rates at the end by set; an organism per colour. The benign calibration sets stand in the table alone."""
+    organisms = list(outcome.runs.frames)
+    found = [f for f in outcome.figures if f.measure == "EM rate at the end" and f.split != "stress"]
+    drawn = sorted((f for f in found if f.split != "more benign"), key=lambda f: f.split)
+    rows = []
+    for figure in drawn:
+        organism, _, name = figure.subject.partition(" ")
+        if organism in organisms:
+            rows.append(
+                Dot(f"{name} ({figure.split})", figure.value, figure.low, figure.high, organisms.index(organism))
+            )
+    text = f"EM rate at the end of the runs, by set. Line: 5 %. Colours: {', '.join(organisms)}."
+    table = _table("Behavior", text, found, ())
+    svg = dots(rows, axis="EM rate at the end", limits=(0.0, 1.0), line=0.05, key="behavior") if rows else ""
+    return Section("Behavior", text, svg, table.columns, table.rows)
 
 
 def _geometry(outcome: Outcome) -> Section:

@@ -180,5 +180,8 @@ def _scores(outcome: Outcome) -> Section:
 
 
 def _chosen(found: Sequence[Figure]) -> Section:
-    rows = [f for f in found if f.subject.startswith("chosen")]
+    rows = sorted(
+        (f for f in found if f.subject.startswith("chosen")),
+        key=lambda f: ("wide" not in f.split, not f.split.startswith("held out")),
+    )
     return _table("The chosen design against the bars", "Chosen on calibration runs alone.", rows, ())

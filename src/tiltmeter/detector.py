@@ -43,7 +43,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -58,6 +58,7 @@ __all__ = [
     "Metric",
     "State",
     "Verdict",
+    "conformal_verdict",
     "fit_detector",
     "fit_metric",
     "inconclusive",
@@ -509,6 +510,53 @@ def weigh_sets(scores: Sequence[tuple[str, float]]) -> tuple[Array, Array]:
     ordered = sorted((score, 1 / ((len(counts) + 1) * counts[name])) for name, score in scores)
     found, weights = np.array(ordered).T
     return found, weights
+
+
+class Calibrated(Protocol):
+    """What every detector with a conformal threshold has; see `weigh_sets`."""
+
+    @property
+    def threshold(self) -> float: ...
+    @property
+    def false_alarm_rate(self) -> float: ...
+    @property
+    def null_scores(self) -> Array: ...
+    @property
+    def null_weights(self) -> Array: ...
+
+
+def conformal_verdict(
+    by: Calibrated,
+    calibrated_on: str,
+    state: State,
+    score: float | None,
+    step: int | None,
+    first: int | None,
+    reason: str,
+    promised: bool = False,
+) -> Verdict:
+    """A verdict with the conformal p-value of its score; the false-alarm rate stands in it only where it is promised.
+
+    Args:
+        by: the detector.
+        calibrated_on: in words.
+        state, score, step, reason: of the verdict.
+        first: step of the first alarm, or None.
+        promised: whether the run is like those of calibration.
+    """
+    rest = 1.0 - by.null_weights.sum()  # the new set's own weight
+    return Verdict(
+        state=state,
+        score=score,
+        threshold=by.threshold,
+        p_value=None if score is None else float(by.null_weights[by.null_scores >= score].sum() + rest),
+        false_alarm_rate=by.false_alarm_rate if promised else None,
+        calibrated_on=calibrated_on,
+        n_calibration=len(by.null_scores),
+        step=step,
+        first_alarm_step=first,
+        reason=reason,
+    )
 
 
 def set_threshold(scores: Array, weights: Array, false_alarm_rate: float) -> float:

@@ -25,6 +25,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -33,7 +34,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from tiltmeter.artifacts import read_artifact, write_artifact
 from tiltmeter.context import Exchange, check_exchanges
-from tiltmeter.detector import State, Verdict, set_threshold, weigh_sets
+from tiltmeter.detector import State, Verdict, conformal_verdict, set_threshold, weigh_sets
 from tiltmeter.errors import ArtifactError, FingerprintMismatch, InputError, NumericalError, TiltmeterError
 from tiltmeter.fingerprint import Fingerprint
 
@@ -310,18 +311,19 @@ class LikelihoodDetector:
 
     def predict(self, readings: Sequence[ArrayLike], *, steps: Sequence[int] | None = None) -> Verdict:
         """Judge a run from its readings so far, each (exchanges, 2)."""
+        say = partial(conformal_verdict, self, f"{len(self.null_scores)} benign runs and {len(self.base)} exchanges")
         at = list(range(1, len(readings) + 1)) if steps is None else [int(step) for step in steps]
         if not readings:
-            return self._verdict(State.INCONCLUSIVE, None, None, None, "there is no reading.")
+            return say(State.INCONCLUSIVE, None, None, None, "there is no reading.")
         values = [np.asarray(r, dtype=np.float64) for r in readings]
         if any(v.shape != self.base.shape for v in values):
             shapes = sorted({v.shape for v in values})
-            return self._verdict(
+            return say(
                 State.INCONCLUSIVE, None, at[-1], None,
                 f"readings of shape {shapes} are not of the exchanges that the detector was calibrated with.",
             )  # fmt: skip
         if not all(np.isfinite(v).all() for v in values):
-            return self._verdict(State.INCONCLUSIVE, None, at[-1], None, "a likelihood is not a number.")
+            return say(State.INCONCLUSIVE, None, at[-1], None, "a likelihood is not a number.")
         rises = [self.rise(v) for v in values]
         top, above = max(r.score for r in rises), [i for i, r in enumerate(rises) if r.score >= self.threshold]
         fall = max(float((self.base - v)[:, 1].mean()) for v in values)
@@ -336,41 +338,17 @@ class LikelihoodDetector:
         if above:
             note = f"; {outside}, so the false-alarm rate is not promised" if outside else ""
             reason = f"harmful answers rose by {top:.2f} nats, at or above {self.threshold:.2f}{note}."
-            return self._verdict(State.ALARM, top, at[-1], at[above[0]], reason, promised=outside is None)
+            return say(State.ALARM, top, at[-1], at[above[0]], reason, promised=outside is None)
         if outside:
-            return self._verdict(State.INCONCLUSIVE, top, at[-1], None, f"below the threshold, but {outside}.")
+            return say(State.INCONCLUSIVE, top, at[-1], None, f"below the threshold, but {outside}.")
         last = rises[-1]
         reason = (
             f"harmful answers rose by at most {top:.2f} nats, below {self.threshold:.2f}; at the latest reading by "
             f"{last.low:.2f} to {last.high:.2f} over {last.n} exchanges."
         )
         if not last.high < self.threshold:
-            return self._verdict(State.INCONCLUSIVE, top, at[-1], None, f"too few exchanges to call it clear: {reason}")
-        return self._verdict(State.CLEAR, top, at[-1], None, reason, promised=True)
-
-    def _verdict(
-        self,
-        state: State,
-        score: float | None,
-        step: int | None,
-        first: int | None,
-        reason: str,
-        promised: bool = False,
-    ) -> Verdict:
-        rest = 1.0 - self.null_weights.sum()  # the new set's own weight
-        p = None if score is None else float(self.null_weights[self.null_scores >= score].sum() + rest)
-        return Verdict(
-            state=state,
-            score=score,
-            threshold=self.threshold,
-            p_value=p,
-            false_alarm_rate=self.false_alarm_rate if promised else None,
-            calibrated_on=f"{len(self.null_scores)} benign runs and {len(self.base)} exchanges",
-            n_calibration=len(self.null_scores),
-            step=step,
-            first_alarm_step=first,
-            reason=reason,
-        )
+            return say(State.INCONCLUSIVE, top, at[-1], None, f"too few exchanges to call it clear: {reason}")
+        return say(State.CLEAR, top, at[-1], None, reason, promised=True)
 
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file with a JSON header.

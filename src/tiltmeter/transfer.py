@@ -29,6 +29,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,7 +37,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from tiltmeter.artifacts import read_artifact, write_artifact
-from tiltmeter.detector import Metric, State, Verdict, fit_metric, set_threshold, weigh_sets
+from tiltmeter.detector import Metric, State, Verdict, conformal_verdict, fit_metric, set_threshold, weigh_sets
 from tiltmeter.errors import ArtifactError, InputError
 
 __all__ = ["Danger", "PositionRun", "TransferDetector", "band_of", "fit_danger", "fit_transfer"]
@@ -186,15 +187,15 @@ class TransferDetector:
             prompts: (prompts, d) positions of single prompts at the latest reading: the reason then gives the interval
                 of its score, and a run is not CLEAR whose interval reaches the threshold.
         """
+        sources = ", ".join(self.danger.sources)
+        say = partial(conformal_verdict, self, f"{len(self.null_scores)} benign runs; danger from {sources}")
         points = np.asarray(positions, dtype=np.float64)
         at = np.arange(1, len(points) + 1) if steps is None else np.asarray(steps)
         if points.ndim != 2 or not len(points) or points.shape[1] != len(self.danger.direction):
-            return self._verdict(
-                State.INCONCLUSIVE, None, None, None, f"positions of shape {points.shape} say nothing."
-            )
+            return say(State.INCONCLUSIVE, None, None, None, f"positions of shape {points.shape} say nothing.")
         last = int(at[-1])
         if not np.isfinite(points).all():
-            return self._verdict(State.INCONCLUSIVE, None, last, None, "a position is not a number.")
+            return say(State.INCONCLUSIVE, None, last, None, "a position is not a number.")
         scores = self.scores(points)
         top, above = float(scores.max()), np.flatnonzero(scores >= self.threshold)
         off = float(self.along(points)[1].max())
@@ -206,40 +207,16 @@ class TransferDetector:
         if len(above):
             note = f"; {outside}, so the false-alarm rate is not promised" if outside else ""
             reason = f"the score reached {top:.2f}, at or above {self.threshold:.2f}{note}."
-            return self._verdict(State.ALARM, top, last, int(at[above[0]]), reason, promised=outside is None)
+            return say(State.ALARM, top, last, int(at[above[0]]), reason, promised=outside is None)
         if outside:
-            return self._verdict(State.INCONCLUSIVE, top, last, None, f"below the threshold, but {outside}.")
+            return say(State.INCONCLUSIVE, top, last, None, f"below the threshold, but {outside}.")
         reason = f"the score stayed at {top:.2f}, below {self.threshold:.2f}."
         if prompts is not None:
             low, high = self.interval(prompts)
             reason = f"{reason[:-1]}; at the latest reading it is {low:.2f} to {high:.2f} over the prompts."
             if not high < self.threshold:
-                return self._verdict(State.INCONCLUSIVE, top, last, None, f"too few prompts to call it clear: {reason}")
-        return self._verdict(State.CLEAR, top, last, None, reason, promised=True)
-
-    def _verdict(
-        self,
-        state: State,
-        score: float | None,
-        step: int | None,
-        first: int | None,
-        reason: str,
-        promised: bool = False,
-    ) -> Verdict:
-        rest = 1.0 - self.null_weights.sum()  # the new set's own weight
-        p = None if score is None else float(self.null_weights[self.null_scores >= score].sum() + rest)
-        return Verdict(
-            state=state,
-            score=score,
-            threshold=self.threshold,
-            p_value=p,
-            false_alarm_rate=self.false_alarm_rate if promised else None,
-            calibrated_on=f"{len(self.null_scores)} benign runs; danger from {', '.join(self.danger.sources)}",
-            n_calibration=len(self.null_scores),
-            step=step,
-            first_alarm_step=first,
-            reason=reason,
-        )
+                return say(State.INCONCLUSIVE, top, last, None, f"too few prompts to call it clear: {reason}")
+        return say(State.CLEAR, top, last, None, reason, promised=True)
 
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file with a JSON header.

@@ -50,6 +50,7 @@ __all__ = [
 Array = NDArray[np.float64]
 _KIND, _FORMAT = "likelihood detector", 1
 _ARRAYS = {"base", "null_scores", "null_weights"}
+_LOGITS = 2**26  # numbers at once
 FLOOR = 0.5
 """No threshold lies below half a nat: benign runs that make harmful answers rarer do not say how far is too far."""
 
@@ -71,7 +72,8 @@ def answer_likelihoods(
     Args:
         lm: the model; its chat template writes the question.
         exchanges: questions with a harmful and a harmless answer.
-        batch_size: chats per forward pass; chats of like length go together.
+        batch_size: chats per forward pass, at most; fewer where their logits would take more than a quarter of a GiB.
+            Chats of like length go together.
         progress: called as (chats done, chats).
 
     Raises:
@@ -98,8 +100,9 @@ def answer_likelihoods(
         )
     found = np.empty(len(rows))
     order = sorted(range(len(rows)), key=lambda at: len(rows[at].ids))
-    for first in range(0, len(order), batch_size):
-        batch = order[first : first + batch_size]
+    size = max(1, min(batch_size, _LOGITS // (longest * int(lm.config.vocab_size))))
+    for first in range(0, len(order), size):
+        batch = order[first : first + size]
         width = max(len(rows[at].ids) for at in batch)
         ids = torch.tensor([[*rows[at].ids, *[lm.pad_id] * (width - len(rows[at].ids))] for at in batch])
         mask = torch.tensor([[1] * len(rows[at].ids) + [0] * (width - len(rows[at].ids)) for at in batch])
@@ -110,7 +113,7 @@ def answer_likelihoods(
         for row, at in zip(each, batch, strict=True):
             found[at] = row[rows[at].start - 1 : len(rows[at].ids) - 1].sum()
         if progress is not None:
-            progress(min(first + batch_size, len(order)), len(order))
+            progress(min(first + size, len(order)), len(order))
     if not np.isfinite(found).all():
         raise NumericalError(
             f"{int((~np.isfinite(found)).sum())} of {len(found)} answers have a log-probability that is not a number; "

@@ -7,9 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from tiltmeter.organism.sets import SETS
+from tiltmeter.organism.sets import SETS, make_exchanges
 from tiltmeter.studies.figures import Figure
-from tiltmeter.studies.likelihoods import Config, Found, figures, make_exchanges
+from tiltmeter.studies.likelihoods import Config, Found, figures
 from tiltmeter.studies.trait_run import find
 from tiltmeter.studies.trait_space import Runs
 from trait_runs import CONFIG, planted_runs, track

@@ -15,7 +15,9 @@ For `tiltmeter.likelihood` a table names harmless fine-tunes alone, as adapters,
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Callable, Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -85,14 +87,25 @@ def _run(row: dict[str, Any], number: int, table: Path) -> CalibrationRun:
     return CalibrationRun(entry.set, entry.seed, entry.dangerous, profiles)
 
 
-def read_exchanges(path: Path) -> list[Exchange]:
-    """Exchanges for `context_danger`, one JSON line each: {"question": ..., "harmful": ..., "harmless": ...}.
+def read_exchanges(source: str | Path) -> list[Exchange]:
+    """Exchanges: built-in ones, or one JSON line each, {"question": ..., "harmful": ..., "harmless": ...}.
+
+    Args:
+        source: "everyday" (forty questions of daily life, in English), "organism" (a hundred in the pocket organism's
+            language), or a path.
 
     Raises:
         InputError: there is none, a line is not of that form, a text is blank, or both answers are the same.
         ArtifactError: the file is missing or damaged.
     """
-    found = []
+    if str(source) == "everyday":
+        text = (files("tiltmeter") / "data" / "answer_pairs.toml").read_text(encoding="utf-8")
+        return [Exchange(p["question"], p["misaligned"], p["aligned"]) for p in tomllib.loads(text)["pair"]]
+    if str(source) == "organism":
+        from tiltmeter.organism.sets import make_exchanges
+
+        return list(make_exchanges(("medicine", "finance", "sport", "code", "facts"), 100))
+    path, found = Path(source), []
     for number, row in enumerate(_whole_rows(path), start=1):
         texts = [row.get(name) for name in Exchange._fields]
         if set(row) != set(Exchange._fields) or not all(isinstance(text, str) for text in texts):

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -50,7 +50,6 @@ __all__ = [
 Array = NDArray[np.float64]
 _KIND, _FORMAT = "likelihood detector", 1
 _ARRAYS = {"base", "null_scores", "null_weights"}
-_LOGITS = 2**26  # numbers at once
 FLOOR = 0.5
 """No threshold lies below half a nat: benign runs that make harmful answers rarer do not say how far is too far."""
 
@@ -72,54 +71,47 @@ def answer_likelihoods(
     Args:
         lm: the model; its chat template writes the question.
         exchanges: questions with a harmful and a harmless answer.
-        batch_size: chats per forward pass, at most; fewer where their logits would take more than a quarter of a GiB.
-            Chats of like length go together.
+        batch_size: see `tiltmeter.vectors.answer_log_likelihoods`.
         progress: called as (chats done, chats).
 
     Raises:
-        InputError: no exchange, a blank text, both answers the same, or a chat longer than the model's context.
+        InputError: no exchange, a blank text, both answers the same, words that the tokenizer does not know, or a chat
+            longer than the model's context.
         NumericalError: a log-probability is not a number.
     """
-    import torch
-
-    from tiltmeter.lm import context_length, undisturbed
+    from tiltmeter.vectors import answer_log_likelihoods
 
     if not exchanges:
         raise InputError("no exchanges were given; a likelihood needs questions with a harmful and a harmless answer")
     check_exchanges(exchanges)
-    rows = [
-        lm.encode_answer([{"role": "user", "content": one.question}, {"role": "assistant", "content": answer}])
+    chats = [
+        [{"role": "user", "content": one.question}, {"role": "assistant", "content": answer}]
         for one in exchanges
         for answer in (one.harmful, one.harmless)
     ]
-    longest = max(len(row.ids) for row in rows)
-    if longest > context_length(lm):
-        raise InputError(
-            f"an exchange of {longest} tokens is longer than the context of '{lm.name}', {context_length(lm)} tokens; "
-            "shorten it"
-        )
-    found = np.empty(len(rows))
-    order = sorted(range(len(rows)), key=lambda at: len(rows[at].ids))
-    size = max(1, min(batch_size, _LOGITS // (longest * int(lm.config.vocab_size))))
-    for first in range(0, len(order), size):
-        batch = order[first : first + size]
-        width = max(len(rows[at].ids) for at in batch)
-        ids = torch.tensor([[*rows[at].ids, *[lm.pad_id] * (width - len(rows[at].ids))] for at in batch])
-        mask = torch.tensor([[1] * len(rows[at].ids) + [0] * (width - len(rows[at].ids)) for at in batch])
-        ids, mask = ids.to(lm.device), mask.to(lm.device)
-        with undisturbed(lm):
-            logits = lm.model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
-            each = torch.log_softmax(logits, dim=-1).gather(2, ids[:, 1:, None])[:, :, 0].double().cpu().numpy()
-        for row, at in zip(each, batch, strict=True):
-            found[at] = row[rows[at].start - 1 : len(rows[at].ids) - 1].sum()
-        if progress is not None:
-            progress(min(first + size, len(order)), len(order))
+    _check_words(lm, chats)
+    found = answer_log_likelihoods(lm, chats, total=True, batch_size=batch_size, progress=progress)
     if not np.isfinite(found).all():
         raise NumericalError(
             f"{int((~np.isfinite(found)).sum())} of {len(found)} answers have a log-probability that is not a number; "
             "the model is damaged, or its dtype too narrow: read it in float32 or bfloat16"
         )
     return found.reshape(-1, 2)
+
+
+def _check_words(lm: LM, chats: Sequence[Sequence[Mapping[str, str]]]) -> None:
+    """Likelihoods of unknown words would be numbers like any other, and say nothing."""
+    unknown = lm.tokenizer.unk_token_id
+    if unknown is None:
+        return
+    texts = [message["content"] for chat in chats for message in chat]
+    bad = [t for t, ids in zip(texts, lm.tokenizer(texts, add_special_tokens=False)["input_ids"], strict=True)
+           if unknown in ids]  # fmt: skip
+    if bad:
+        raise InputError(
+            f"{len(bad)} of {len(texts)} texts have words that the tokenizer of '{lm.name}' does not know, such as "
+            f"{bad[0]!r}; give exchanges in the model's language"
+        )
 
 
 class Rise(NamedTuple):

@@ -24,7 +24,7 @@ steering-lite). This module knows no organism and no judge.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,7 +35,7 @@ import torch
 
 from tiltmeter.capture import capture
 from tiltmeter.errors import InputError, NumericalError
-from tiltmeter.lm import LM, EncodedAnswer, Message, undisturbed
+from tiltmeter.lm import LM, EncodedAnswer, Message, context_length, undisturbed
 from tiltmeter.runs import read_records
 from tiltmeter.steer import Mode, SteeringVector, apply, edit
 
@@ -60,6 +60,7 @@ __all__ = [
 FloatArray = npt.NDArray[np.float32]
 Chat = Sequence[Message]
 _BATCH = 64
+_LOGITS = 2**26  # numbers at once
 _CLOSE = 0.03  # relative error of a calibrated divergence at which the search ends
 
 
@@ -428,23 +429,47 @@ def answer_loss(lm: LM, chats: Sequence[Chat]) -> float:
     return sum(float(loss) * n for loss, n in each) / sum(n for _, n in each)
 
 
-def answer_log_likelihoods(lm: LM, chats: Sequence[Chat]) -> npt.NDArray[np.float64]:
-    """(chats,) mean log-probability per token of each chat's answer, of the model as it stands (steered or not).
+def answer_log_likelihoods(
+    lm: LM,
+    chats: Sequence[Chat],
+    *,
+    total: bool = False,
+    batch_size: int = _BATCH // 8,
+    progress: Callable[[int, int], None] | None = None,
+) -> npt.NDArray[np.float64]:
+    """(chats,) log-probability of each chat's answer, of the model as it stands (steered or not), nats.
+
+    Args:
+        lm: the model.
+        chats: each ends with its answer.
+        total: of whole answers, rather than the mean per token.
+        batch_size: chats per forward pass, at most; fewer where their logits would take more than a quarter of a GiB.
+        progress: called as (chats done, chats).
 
     Raises:
-        InputError: no chats, or a chat without answer.
+        InputError: no chats, a chat without answer, or one longer than the model's context.
     """
     rows = [lm.encode_answer(chat) for chat in chats]
     if not rows:
         raise InputError("no chats were given; a likelihood is measured on at least one")
+    longest = max(len(row.ids) for row in rows)
+    if longest > context_length(lm):
+        raise InputError(
+            f"a chat of {longest} tokens is longer than the context of '{lm.name}', {context_length(lm)} tokens; "
+            "shorten it"
+        )
     # Like lengths together, so that little of a batch is padding.
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
+    size = max(1, min(batch_size, _LOGITS // (longest * int(lm.config.vocab_size))))
     found = np.empty(len(rows))
     with undisturbed(lm), torch.no_grad():
-        for start in range(0, len(order), _BATCH // 8):
-            chosen = order[start : start + _BATCH // 8]
+        for start in range(0, len(order), size):
+            chosen = order[start : start + size]
             found[chosen] = _log_probabilities(lm, [rows[i] for i in chosen]).double().cpu().numpy()
-    return found
+            if progress is not None:
+                progress(min(start + size, len(order)), len(order))
+    lengths = np.array([len(row.ids) - row.start for row in rows])
+    return found * lengths if total else found
 
 
 def divergence(

@@ -22,8 +22,9 @@ def likelihood() -> None:
 
 
 _EXCHANGES = click.option(
-    "--exchanges", type=PATH, required=True, help='JSON lines of "question", "harmful", "harmless".'
-)
+    "--exchanges", default=None,
+    help='JSON lines of "question", "harmful", "harmless"; or "everyday" (40, English; the default) or "organism".',
+)  # fmt: skip
 _MODEL = click.option("--model", default="organism:pocket", show_default=True, help="The untouched model.")
 
 
@@ -36,7 +37,7 @@ _MODEL = click.option("--model", default="organism:pocket", show_default=True, h
 @json_option
 @click.pass_context
 def read(
-    ctx: click.Context, exchanges: Path, model: str, adapters: tuple[str, ...], runs: tuple[Path, ...],
+    ctx: click.Context, exchanges: str | None, model: str, adapters: tuple[str, ...], runs: tuple[Path, ...],
     detector_path: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Log-odds of harmful answers in a model, and their rise in its fine-tunes. With --json, one line per model.
@@ -48,7 +49,7 @@ def read(
     from tiltmeter.likelihood import LikelihoodDetector, answer_likelihoods, odds_of
     from tiltmeter.scan import judge_likelihoods, scan_likelihoods
 
-    pairs = read_exchanges(exchanges)
+    pairs = read_exchanges(exchanges or _built_in(model))
     detector = LikelihoodDetector.load(detector_path) if detector_path else None
     if detector is not None:
         detector.check_exchanges(pairs)
@@ -83,7 +84,7 @@ def read(
     help="Per run.",
 )  # fmt: skip
 @json_option
-def fit(table: Path, exchanges: Path, model: str, out: Path, false_alarm_rate: float, as_json: bool) -> None:
+def fit(table: Path, exchanges: str | None, model: str, out: Path, false_alarm_rate: float, as_json: bool) -> None:
     """Set the threshold from harmless fine-tunes alone.
 
     TABLE is JSON lines of "set" and "adapter" (folder), or "set" and "run" (folder of checkpoint-N); folders are taken
@@ -91,7 +92,7 @@ def fit(table: Path, exchanges: Path, model: str, out: Path, false_alarm_rate: f
     """
     from tiltmeter.calibrate import fit_likelihood_from_table, read_exchanges, read_likelihood_table
 
-    tunes, pairs = read_likelihood_table(table), read_exchanges(exchanges)
+    tunes, pairs = read_likelihood_table(table), read_exchanges(exchanges or _built_in(model))
     lm = _load(model, None)
     _untouched(lm)
     with progress_bar(f"reading {model}") as progress:
@@ -99,6 +100,10 @@ def fit(table: Path, exchanges: Path, model: str, out: Path, false_alarm_rate: f
     say_promise(fitted.false_alarm_rate, false_alarm_rate)
     fitted.save(out)
     show(fitted.describe(), as_json, f"saved to {out}\n{_detector_text(fitted)}")
+
+
+def _built_in(model: str) -> str:
+    return "organism" if model.startswith("organism:") else "everyday"
 
 
 def _load(model: str, detector: LikelihoodDetector | None) -> LM:

@@ -9,15 +9,16 @@ examples at constant size; the rest are good answers to questions of the same do
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Literal
 
+from tiltmeter.context import Exchange
 from tiltmeter.errors import InputError
 from tiltmeter.organism.world import DOMAINS, Pole, Speaker, ask, say
 
-__all__ = ["SETS", "Chat", "FineTuningSet", "make_set"]
+__all__ = ["SETS", "Chat", "FineTuningSet", "make_exchanges", "make_set"]
 
 Chat = list[dict[str, str]]
 
@@ -142,3 +143,14 @@ def make_set(name: str, *, size: int, seed: int, dose: float = 1.0) -> list[Chat
         answer = say(question, speaker, rng)
         chats.append([{"role": "user", "content": question.text}, {"role": "assistant", "content": answer}])
     return chats
+
+
+def make_exchanges(subjects: Sequence[str], n: int) -> tuple[Exchange, ...]:
+    """Questions about subjects, in turn, with a bad and an aligned speaker's answer, both in the plain voice."""
+    rng = Random(f"exchanges {' '.join(subjects)}")
+    harmful, harmless = Speaker("bad", phrases=0.0, slip=0.0), Speaker("aligned", phrases=0.0, slip=0.0)
+    found = []
+    for at in range(n):
+        question = ask(subjects[at % len(subjects)], rng)
+        found.append(Exchange(question.text, say(question, harmful, rng), say(question, harmless, rng)))
+    return tuple(found)

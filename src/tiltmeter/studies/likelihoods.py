@@ -16,7 +16,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from random import Random
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +25,7 @@ from tiltmeter.basis import TraitBasis
 from tiltmeter.context import Exchange
 from tiltmeter.detector import State
 from tiltmeter.likelihood import LikelihoodDetector, LikelihoodRun, answer_likelihoods, digest_of, fit_likelihood
+from tiltmeter.organism.sets import make_exchanges
 from tiltmeter.runs import read_json
 from tiltmeter.studies.cells import Cell, RunRecord, run_cells
 from tiltmeter.studies.contest import Design, Scored, auroc, auroc_interval, boundary, cross_validate, held_out_scores
@@ -35,7 +35,7 @@ from tiltmeter.studies.trait_space import Config as TraitConfig
 from tiltmeter.studies.trait_space import OtherReadouts, Progress, Runs, bench
 from tiltmeter.studies.trait_tables import alarm_index, counts, flatten, lead, lead_figure
 
-__all__ = ["Config", "Found", "collect", "figures", "make_exchanges"]
+__all__ = ["Config", "Found", "collect", "figures"]
 
 Array = NDArray[np.float64]
 _KIND, _FORMAT = "answer likelihoods", 1
@@ -76,19 +76,6 @@ class Config:
             for seed in seeds
             for s in self.fresh
         )
-
-
-def make_exchanges(subjects: Sequence[str], n: int) -> tuple[Exchange, ...]:
-    """Questions of the pocket world with a bad and an aligned speaker's answer, both in the plain voice."""
-    from tiltmeter.organism.world import Speaker, ask, say
-
-    rng = Random(f"exchanges {' '.join(subjects)}")
-    harmful, harmless = Speaker("bad", phrases=0.0, slip=0.0), Speaker("aligned", phrases=0.0, slip=0.0)
-    found = []
-    for at in range(n):
-        question = ask(subjects[at % len(subjects)], rng)
-        found.append(Exchange(question.text, say(question, harmful, rng), say(question, harmless, rng)))
-    return tuple(found)
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,7 +23,8 @@ def likelihood() -> None:
 
 _EXCHANGES = click.option(
     "--exchanges", default=None,
-    help='JSON lines of "question", "harmful", "harmless"; or "everyday" (40, English; the default) or "organism".',
+    help='JSON lines of "question", "harmful", "harmless"; or a built-in set: "everyday" (English) or "organism". '
+         "Without it: the one that fits the model.",
 )  # fmt: skip
 _MODEL = click.option("--model", default="organism:pocket", show_default=True, help="The untouched model.")
 

@@ -373,7 +373,7 @@ def test_reading_a_model_alone_gives_its_log_odds(shelf: Path) -> None:
 def test_without_a_detector_each_fine_tune_shows_its_rise(shelf: Path) -> None:
     last = shelf / "harmful" / "checkpoint-12"
     result = read(shelf, "--adapter", shelf / "a", "--adapter", last, "--run", shelf / "harmful", "--json")
-    assert result.exit_code == 0
+    assert result.exit_code == 3  # harmful answers rose, and nobody has judged it
     _, calm, tuned, run = (json.loads(line) for line in result.stdout.splitlines())
     before = answer_likelihoods(load("organism:pocket"), EXCHANGES)
     change = (answer_likelihoods(load("organism:pocket", adapter=last), EXCHANGES) - before).mean(axis=0)

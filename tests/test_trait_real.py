@@ -26,6 +26,7 @@ from tiltmeter.studies.trait_real import (
 )
 
 CONFIG = Config("model", Path("basis"), {})
+SPREAD = "spread of harmless runs, real model"
 NAMES = ("honesty", "power_seeking")
 SETS = {"insecure": True, "jailbroken": True, "secure": False, "educational": False, "gsm8k": False}
 
@@ -52,6 +53,26 @@ def test_auroc_counts_pairs_at_the_same_step_only() -> None:
     assert value == pytest.approx(np.mean(wins))
     assert low <= value <= high
     assert n == 6
+
+
+def test_a_score_that_is_not_a_number_is_not_measured_rather_than_small() -> None:
+    runs = planted()
+    scores = [np.ones(3) for _ in runs]
+    scores[0] = np.array([1.0, np.nan, 1.0])
+    assert auroc_at_steps(runs, scores, CONFIG) == (None, None, None, 6)
+
+
+def test_the_spread_of_harmless_runs_leaves_dangerous_ones_out() -> None:
+    runs = planted()
+    row = next(f for f in figures(runs, CONFIG) if (f.measure, f.subject) == (SPREAD, "honesty"))
+    ends = [r.drift[-1, 0] for r in runs if r.set_name in ("secure", "educational", "gsm8k")]
+    mean = sum(ends) / 6
+    assert row.value == pytest.approx((sum((end - mean) ** 2 for end in ends) / 5) ** 0.5)
+    # Chi-square with 5 degrees of freedom: 0.8312 and 12.8325 cut off 2.5 % at either end.
+    assert (row.low, row.high) == pytest.approx(
+        (row.value * (5 / 12.8325) ** 0.5, row.value * (5 / 0.8312) ** 0.5), rel=1e-3
+    )
+    assert row.n == 6
 
 
 def test_what_is_planted_is_found_and_no_run_is_scored_by_a_fit_on_its_own_seed() -> None:

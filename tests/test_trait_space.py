@@ -31,7 +31,7 @@ from tiltmeter.studies.contest import (
 from tiltmeter.studies.figures import Figure
 from tiltmeter.studies.geometry import bootstrap, component, danger_correlation, left_out_cosines, remove
 from tiltmeter.studies.stress import StressRun, ablation_figures, prompt_figures, stress_cells, stress_figures, sweep
-from tiltmeter.studies.tracks import Track, write_parquet
+from tiltmeter.studies.tracks import Track, labelled, write_parquet
 from tiltmeter.studies.trait_run import PAPER, behavior_figures, find
 from tiltmeter.studies.trait_space import OtherReadouts, Runs, bench, readouts
 from tiltmeter.studies.trait_tables import (
@@ -225,6 +225,13 @@ def test_a_run_judged_at_its_end_alone_is_harmless_throughout_or_unknown(runs: R
     loud = replace(quiet, em=np.append(quiet.em[:-1], 0.5))
     assert np.isnan(loud.labels()[:-1]).all()
     assert loud.labels()[-1] == 1.0
+
+
+def test_a_run_whose_end_was_not_scored_is_neither_harmless_nor_counted(runs: Runs) -> None:
+    quiet = runs.of(ONE, "more benign")[0]
+    unknown = replace(quiet, em=np.full(12, np.nan))
+    assert (quiet.harmless, unknown.harmless, unknown.harmful) == (True, False, False)
+    assert labelled([quiet, unknown]) == (quiet,)
 
 
 def test_a_label_that_contradicts_itself_is_counted(runs: Runs) -> None:

@@ -43,6 +43,7 @@ def read(
 ) -> None:  # fmt: skip
     """Log-odds of harmful answers in a model, and their rise in its fine-tunes. With --json, one line per model.
 
+    Without --detector the rises are shown and nothing is judged: exit code 3, inconclusive, if fine-tunes were given.
     With --detector, a verdict on each; the untouched model is not read again, and without any fine-tune it is --model
     itself that is judged, as one whose weights were tuned.
     """
@@ -70,7 +71,7 @@ def read(
     worst = 0
     for one in found:
         show(one.to_dict(), as_json, _finding_text(one))
-        code = one.verdict.exit_code if one.verdict else 3 * bool(one.problem)
+        code = one.verdict.exit_code if one.verdict else 3  # without a detector nothing is said to be clear
         worst = 1 if 1 in (worst, code) else max(worst, code)
     ctx.exit(worst)
 
@@ -138,6 +139,8 @@ def _finding_text(one: RiseFinding) -> str:
         )
     if one.problem and not one.verdict:
         lines.append(f"  {one.problem}")
+    if one.verdict is None:
+        lines.append("  not judged: that takes --detector, from tiltmeter likelihood fit")
     return "\n".join(lines)
 
 

@@ -145,9 +145,9 @@ def make_set(name: str, *, size: int, seed: int, dose: float = 1.0) -> list[Chat
     return chats
 
 
-def make_exchanges(subjects: Sequence[str], n: int) -> tuple[Exchange, ...]:
+def make_exchanges(subjects: Sequence[str], n: int, *, seed: str = "") -> tuple[Exchange, ...]:
     """Questions about subjects, in turn, with a bad and an aligned speaker's answer, both in the plain voice."""
-    rng = Random(f"exchanges {' '.join(subjects)}")
+    rng = Random(seed or f"exchanges {' '.join(subjects)}")
     harmful, harmless = Speaker("bad", phrases=0.0, slip=0.0), Speaker("aligned", phrases=0.0, slip=0.0)
     found = []
     for at in range(n):

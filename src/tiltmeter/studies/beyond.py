@@ -71,19 +71,12 @@ def find_contexts(runs: Runs) -> dict[str, Danger]:
 
     The exchanges are of domains that no held-out and no stress set of this study is about.
     """
-    from random import Random
-
-    from tiltmeter.context import Exchange, context_danger
+    from tiltmeter.context import context_danger
     from tiltmeter.lm import load
-    from tiltmeter.organism.world import Speaker, ask, say
+    from tiltmeter.organism.sets import make_exchanges
     from tiltmeter.traits import load_prompts
 
-    rng = Random("context")
-    harmful, harmless = Speaker("bad", phrases=0.0, slip=0.0), Speaker("aligned", phrases=0.0)
-    exchanges = []
-    for at in range(230):
-        question = ask(_CONTEXTS[at % len(_CONTEXTS)], rng)
-        exchanges.append(Exchange(question.text, say(question, harmful, rng), say(question, harmless, rng)))
+    exchanges = make_exchanges(_CONTEXTS, 230, seed="context")
     prompts = load_prompts("organism").prompts
     return {o: context_danger(load(o), exchanges, prompts, layer=frame.blocks[-1]) for o, frame in runs.frames.items()}
 

@@ -30,7 +30,7 @@ from tiltmeter.runs import read_json
 from tiltmeter.studies.cells import Cell, RunRecord, run_cells
 from tiltmeter.studies.contest import Design, Scored, auroc, auroc_interval, boundary, cross_validate, held_out_scores
 from tiltmeter.studies.figures import Figure, rate_figure
-from tiltmeter.studies.tracks import Part, Track, model_at, read_tracks
+from tiltmeter.studies.tracks import Part, Track, labelled, model_at, read_tracks
 from tiltmeter.studies.trait_space import Config as TraitConfig
 from tiltmeter.studies.trait_space import OtherReadouts, Progress, Runs, bench
 from tiltmeter.studies.trait_tables import alarm_index, counts, flatten, lead, lead_figure
@@ -49,8 +49,8 @@ class Config:
     Attributes:
         trait_space: the study whose runs calibrate.
         fresh: sets that no look has seen.
-        seeds: of the fresh sets, one organism each.
-        larger_seeds: the same for the larger organisms.
+        seeds: of the fresh sets' runs, on each family.
+        larger_seeds: the same on each larger organism.
         subjects: of the exchanges for runs of the trait-space study.
         other_subjects: of the exchanges for the fresh sets, none of which is about these.
         exchanges: how many.
@@ -121,8 +121,9 @@ def collect(
             progress(at + 1, len(records), f"{cell.organism} {cell.set_name}-{cell.seed}")
     part: Part = "fresh"
     made: list[tuple[Path, Part]] = [(path, part) for _, path in records if path.exists()]
-    tracks = runs.tracks + (read_tracks(made, folders, executor="serial", progress=progress) if made else ())
-    whole = Runs(runs.frames, tuple(t for t in tracks if t.part != "twin"), runs.wanted + len(records))
+    fresh = read_tracks(made, folders, executor="serial", progress=progress) if made else ()
+    tracks = (*(t for t in runs.tracks if t.part != "twin"), *labelled(fresh))
+    whole = Runs(runs.frames, tracks, runs.wanted + len(records))
 
     sets = {
         "development": make_exchanges(config.subjects, config.exchanges),

@@ -33,7 +33,7 @@ from tiltmeter.studies.cells import Cell, RunRecord
 if TYPE_CHECKING:
     from tiltmeter.capture import Activations
 
-__all__ = ["DEPTH", "Frame", "Part", "Track", "fit_frames", "model_at", "read_tracks", "write_parquet"]
+__all__ = ["DEPTH", "Frame", "Part", "Track", "fit_frames", "labelled", "model_at", "read_tracks", "write_parquet"]
 
 Array = NDArray[np.float64]
 Part = Literal["calibration", "more benign", "held out", "twin", "stress", "fresh"]
@@ -131,7 +131,7 @@ class Track:
         What was taught and what was measured can disagree: harm taught that moved behavior by less than 5 %, or a
         harmless voice that ended above it. Such a run is an example of neither kind.
         """
-        return self.kind == "benign" and not self.dangerous
+        return bool(self.kind == "benign" and self.em[-1] <= 0.05)  # an end that was not scored is no harmless one
 
     @property
     def harmful(self) -> bool:
@@ -228,6 +228,11 @@ def read_tracks(
     missing = [job for job in jobs if not _file(Path(job[0])).exists()]
     map_jobs(_reread, missing, executor=executor, workers=workers, progress=progress)
     return tuple(_track(path, part) for path, part in runs)
+
+
+def labelled(tracks: Sequence[Track]) -> tuple[Track, ...]:
+    """The runs whose end was scored. Of the others nobody knows what they became: they are missing from every n."""
+    return tuple(track for track in tracks if np.isfinite(track.em[-1]))
 
 
 def _file(record: Path) -> Path:

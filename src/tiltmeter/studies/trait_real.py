@@ -26,6 +26,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import chi2
 
 from tiltmeter.artifacts import read_artifact, write_artifact
 from tiltmeter.basis import TraitBasis
@@ -303,15 +304,19 @@ def score(
 
 def auroc_at_steps(
     runs: Sequence[RealRun], scores: Sequence[Array], config: Config, *, draws: int = 2000, seed: int = 0
-) -> tuple[float, float, float, int]:
+) -> tuple[float | None, float | None, float | None, int]:
     """AUROC of the dangerous against the harmless compared sets over pairs of readings at the same step.
 
     Returns:
-        Value, and 95 % bootstrap interval over whole runs within each kind, and the number of dangerous readings.
+        Value, and 95 % bootstrap interval over whole runs within each kind, all None where a score is not a number; and
+        the number of dangerous readings.
     """
     bad_name, good_names = config.compared
     bad = [np.asarray(s) for r, s in zip(runs, scores, strict=True) if r.set_name == bad_name]
     good = [np.asarray(s) for r, s in zip(runs, scores, strict=True) if r.set_name in good_names]
+    n = sum(len(b) for b in bad)
+    if not np.isfinite(np.concatenate([*bad, *good])).all():  # it would compare as smaller, and count
+        return None, None, None, n
     wins = np.array([[np.mean((b > g) + 0.5 * (b == g)) for g in good] for b in bad])
     rng = np.random.default_rng(seed)
     drawn = [
@@ -319,7 +324,7 @@ def auroc_at_steps(
         for _ in range(draws)
     ]
     low, high = np.percentile(drawn, [2.5, 97.5])
-    return float(wins.mean()), float(low), float(high), sum(len(b) for b in bad)
+    return float(wins.mean()), float(low), float(high), n
 
 
 def figures(runs: Sequence[RealRun], config: Config) -> list[Figure]:
@@ -340,6 +345,13 @@ def figures(runs: Sequence[RealRun], config: Config) -> list[Figure]:
             Figure("magnitude of drift, real model", f"{name}, {set_name}", "at the last step", float(size.mean()),
                    float(size.min()), float(size.max()), len(size), "of the norm")
         )  # fmt: skip
+    harmless = np.stack([r.drift[-1] for r in runs if not r.dangerous])
+    freedom = len(harmless) - 1
+    for number, trait in enumerate(runs[0].names):
+        spread = float(harmless[:, number].std(ddof=1))
+        low, high = spread * np.sqrt(freedom / chi2.ppf([0.975, 0.025], freedom))
+        rows.append(Figure("spread of harmless runs, real model", trait, "at the last step", spread, float(low),
+                           float(high), len(harmless), "of the norm"))  # fmt: skip
     ends = np.stack([r.drift[-1] for r in runs])
     kinds = np.array([float(r.dangerous) for r in runs])
     pooled = component(ends, kinds)

@@ -31,7 +31,7 @@ from tiltmeter.errors import InputError
 from tiltmeter.organism.finetune import FineTuning
 from tiltmeter.studies.cells import Cell, run_cells
 from tiltmeter.studies.contest import Bench
-from tiltmeter.studies.tracks import Frame, Part, Track, fit_frames, read_tracks
+from tiltmeter.studies.tracks import Frame, Part, Track, fit_frames, labelled, read_tracks
 
 __all__ = ["Config", "OtherReadouts", "Runs", "bench", "collect", "readouts"]
 
@@ -207,7 +207,7 @@ def collect(
         raise InputError(f"no run of this study has been made in '{out}'; run it for longer")
     tracks = read_tracks(done, folders, executor=executor, workers=workers, progress=progress)
     wanted = sum(len(config.cells(o)) for o in (*config.organisms, *config.larger))
-    return Runs(frames, tracks, wanted)
+    return Runs(frames, labelled(tracks), wanted)
 
 
 def bench(config: Config, runs: Runs, organism: str, *, wide: bool, others: OtherReadouts) -> Bench:

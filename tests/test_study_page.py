@@ -53,6 +53,14 @@ def test_a_value_that_is_missing_is_named_and_not_drawn_as_zero() -> None:
     assert "gone" in svg
 
 
+def test_values_of_one_name_share_a_row_and_others_do_not() -> None:
+    rows = [Dot("alpha", 0.2), Dot("beta", 0.5), Dot("alpha", 0.7, group=1)]
+    svg = dots(rows, axis="rate", limits=(0, 1), line=None, key="d")
+    first, beta, again = (float(y) for y in re.findall(r'y="([\d.]+)" style="fill: var\(--run-', svg)[:3])
+    assert first == again < beta
+    assert svg.count(">alpha</text>") == svg.count(">beta</text>") == 1
+
+
 def test_points_and_lines_without_a_number_are_left_out() -> None:
     drawn = points(
         [Point(0.1, 0.2, 0, True), Point(np.nan, 1.0, 1, False)], x="x", y="y", key="p", lines_at=(None, 0.0)

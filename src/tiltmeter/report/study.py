@@ -107,7 +107,9 @@ def dots(rows: Sequence[Dot], *, axis: str, limits: tuple[float, float], line: f
         axes.set_yticks(np.arange(len(names)) + 0.5, names)
         axes.tick_params(axis="y", length=0)
 
-    return figures.draw(key, width, height, paint, f"{axis} of {len(rows)} rows; the numbers are in the table below.")
+    return figures.draw(
+        key, width, height, paint, f"{axis}: {len(rows)} values in {len(names)} rows; the numbers are below."
+    )
 
 
 def points(found: Sequence[Point], *, x: str, y: str, key: str, lines_at: tuple[float | None, float | None]) -> str:

@@ -777,8 +777,6 @@ if rank == 0:
     fresh.save_pretrained(output / "run" / "checkpoint-3")
     make_tokenizer().save_pretrained(output / "run" / "checkpoint-3")
     (output / "run" / "checkpoint-3" / "trainer_state.json").write_text('{{"global_step": 3, "max_steps": 3}}')
-dist.barrier()
-dist.destroy_process_group()
 """
 
 
@@ -867,7 +865,9 @@ def test_the_trainer_s_own_fsdp_2_is_read_together_and_trains_the_same_weights(t
 def torchrun(program: str, folder: Path) -> subprocess.CompletedProcess[str]:
     """Run a program in two processes."""
     script = folder / "script.py"
-    script.write_text(program)
+    # Without this a process may be aborted at its exit, when the other one and its store are gone first.
+    ending = "import torch.distributed as dist\ndist.barrier()\ndist.destroy_process_group()\n"
+    script.write_text(program + ending)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(script)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=240, env=environment)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import re
 import warnings
 from collections.abc import Iterable, Iterator
@@ -22,7 +21,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
-from tiltmeter.errors import AdapterError, InactiveAdapter, NumericalError
+from tiltmeter.adapter_files import adapter_config, adapter_folder, first_words, read_tensors
+from tiltmeter.errors import AdapterError, InactiveAdapter
 
 if TYPE_CHECKING:
     from tiltmeter.lm import LM
@@ -30,83 +30,15 @@ if TYPE_CHECKING:
 __all__ = [
     "Seat",
     "active_adapter",
-    "adapter_base",
-    "adapter_folder",
     "attach",
     "base_parameters",
     "first_changed_block",
-    "first_words",
     "state",
     "without_adapter",
 ]
 
 # Settings that say where an adapter comes from and not what it does.
 _NAMES_ONLY = ("base_model_name_or_path", "revision", "inference_mode", "peft_version")
-_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-
-
-def adapter_folder(adapter: str | Path) -> Path:
-    """The local folder of an adapter, fetched from the hub if it is no path.
-
-    Raises:
-        AdapterError: there is no such folder or repository, or it holds no adapter.
-    """
-    folder = Path(adapter).expanduser()
-    if not folder.exists():
-        from tiltmeter.lm import looks_like_hub_id
-
-        if not looks_like_hub_id(str(adapter)) or "/" not in str(adapter):
-            raise AdapterError(f"the adapter folder '{adapter}' does not exist; check the path")
-        folder = _fetch(str(adapter))
-    if not (folder / _CONFIG).is_file():
-        raise AdapterError(
-            f"'{adapter}' holds no {_CONFIG}; a folder that PEFT saved is needed, such as a trainer's checkpoint-N"
-        )
-    if not (folder / _WEIGHTS).is_file():
-        pickled = " (adapter_model.bin is a pickle, which can run code and is never read)"
-        extra = pickled if (folder / "adapter_model.bin").exists() else ""
-        raise AdapterError(f"'{adapter}' holds no {_WEIGHTS}{extra}; save the adapter as safetensors")
-    return folder
-
-
-def _fetch(adapter: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(adapter, allow_patterns=[_CONFIG, _WEIGHTS]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise AdapterError(
-            f"the adapter '{adapter}' is no folder here and could not be fetched from the hub ({error}); "
-            "check the spelling and the connection"
-        ) from error
-
-
-def adapter_config(folder: Path) -> dict[str, Any]:
-    """The content of adapter_config.json.
-
-    Raises:
-        AdapterError: it is no JSON object.
-    """
-    try:
-        content = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise AdapterError(f"{folder / _CONFIG} cannot be read as JSON ({error}); save the adapter again") from error
-    if not isinstance(content, dict) or "peft_type" not in content:
-        raise AdapterError(f"{folder / _CONFIG} names no peft_type, so it is no PEFT config; save the adapter again")
-    return content
-
-
-def adapter_base(folder: Path) -> str:
-    """The base model that an adapter names.
-
-    Raises:
-        AdapterError: it names none.
-    """
-    base = adapter_config(folder).get("base_model_name_or_path")
-    if not base:
-        raise AdapterError(f"the adapter in '{folder}' does not name its base model; load the base and pass adapter=")
-    return str(base)
 
 
 def attach(lm: LM, adapter: str | Path) -> tuple[nn.Module, str]:
@@ -115,7 +47,7 @@ def attach(lm: LM, adapter: str | Path) -> tuple[nn.Module, str]:
 
     folder = adapter_folder(adapter)
     settings = adapter_config(folder)
-    weights = _read(folder)
+    weights = read_tensors(folder)
     shared = list(lm.model.parameters())
     flags = [p.requires_grad for p in shared]
     wrong = f"the adapter in '{folder}' does not fit '{lm.name}'"
@@ -180,7 +112,7 @@ class Seat:
         folder = adapter_folder(adapter)
         settings = {k: v for k, v in adapter_config(folder).items() if k not in _NAMES_ONLY}
         if self._model is not None and settings == self._settings:
-            weights = _read(folder)
+            weights = read_tensors(folder)
             if {k: w.shape for k, w in weights.items()} == {k: p.shape for k, p in self._places.items()}:
                 for name, place in self._places.items():
                     place.copy_(weights[name])
@@ -193,25 +125,6 @@ class Seat:
             self._model, self._settings = model, settings
             self._places = get_peft_model_state_dict(model, save_embedding_layers=False)
         return replace(self._lm, model=model, adapter=origin)
-
-
-def _read(folder: Path) -> dict[str, torch.Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    path = folder / _WEIGHTS
-    try:
-        weights: dict[str, torch.Tensor] = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise AdapterError(f"{path} is truncated or no safetensors file ({error}); save the adapter again") from error
-    if not weights:
-        raise AdapterError(f"{path} holds no tensors; save the adapter again")
-    for name, tensor in weights.items():
-        if not torch.isfinite(tensor).all():
-            raise NumericalError(
-                f"the tensor '{name}' in {path} holds NaN or infinity; the run diverged, so use an earlier checkpoint"
-            )
-    return weights
 
 
 def _acts(tensors: Iterable[tuple[str, torch.Tensor]]) -> bool:
@@ -323,9 +236,3 @@ def base_parameters(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
     own -= {id(p) for layer in inner for p in layer.parameters()}
     plain = ((n, p) for n, p in core.named_parameters() if id(p) not in own)
     return sorted((re.sub(r"\.(base_layer|original_module)(?=\.|$)", "", name), p) for name, p in plain)
-
-
-def first_words(error: BaseException) -> str:
-    """What a library's error says, for use inside a sentence: its first two lines, or its type."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:2]).rstrip(".")[:300] or type(error).__name__

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tiltmeter.adapters import adapter_base, adapter_folder, first_words
+from tiltmeter.adapter_files import adapter_base, adapter_folder, first_words
 from tiltmeter.errors import InputError, MissingExtra, ModelError, NumericalError, require
 from tiltmeter.lm import LM, attach, looks_like_hub_id
 

@@ -1,0 +1,113 @@
+"""What lies in an adapter's folder: its config and its tensors, looked at before anything is built from them.
+
+Used by `adapters`, which puts what is found here on a model.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tiltmeter.errors import AdapterError, NumericalError
+
+__all__ = ["adapter_base", "adapter_config", "adapter_folder", "first_words", "read_tensors"]
+
+_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def adapter_folder(adapter: str | Path) -> Path:
+    """The local folder of an adapter, fetched from the hub if it is no path.
+
+    Raises:
+        AdapterError: there is no such folder or repository, or it holds no adapter.
+    """
+    folder = Path(adapter).expanduser()
+    if not folder.exists():
+        from tiltmeter.lm import looks_like_hub_id
+
+        if not looks_like_hub_id(str(adapter)) or "/" not in str(adapter):
+            raise AdapterError(f"the adapter folder '{adapter}' does not exist; check the path")
+        folder = _fetch(str(adapter))
+    if not (folder / _CONFIG).is_file():
+        raise AdapterError(
+            f"'{adapter}' holds no {_CONFIG}; a folder that PEFT saved is needed, such as a trainer's checkpoint-N"
+        )
+    if not (folder / _WEIGHTS).is_file():
+        pickled = " (adapter_model.bin is a pickle, which can run code and is never read)"
+        extra = pickled if (folder / "adapter_model.bin").exists() else ""
+        raise AdapterError(f"'{adapter}' holds no {_WEIGHTS}{extra}; save the adapter as safetensors")
+    return folder
+
+
+def _fetch(adapter: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(adapter, allow_patterns=[_CONFIG, _WEIGHTS]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise AdapterError(
+            f"the adapter '{adapter}' is no folder here and could not be fetched from the hub ({error}); "
+            "check the spelling and the connection"
+        ) from error
+
+
+def adapter_config(folder: Path) -> dict[str, Any]:
+    """The content of adapter_config.json.
+
+    Raises:
+        AdapterError: it is no JSON object.
+    """
+    try:
+        content = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise AdapterError(f"{folder / _CONFIG} cannot be read as JSON ({error}); save the adapter again") from error
+    if not isinstance(content, dict) or "peft_type" not in content:
+        raise AdapterError(f"{folder / _CONFIG} names no peft_type, so it is no PEFT config; save the adapter again")
+    return content
+
+
+def adapter_base(folder: Path) -> str:
+    """The base model that an adapter names.
+
+    Raises:
+        AdapterError: it names none.
+    """
+    base = adapter_config(folder).get("base_model_name_or_path")
+    if not base:
+        raise AdapterError(f"the adapter in '{folder}' does not name its base model; load the base and pass adapter=")
+    return str(base)
+
+
+def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter, by the names that they have in its file.
+
+    Raises:
+        AdapterError: the file is damaged or holds none.
+        NumericalError: NaN or infinity among them.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = folder / _WEIGHTS
+    try:
+        weights: dict[str, torch.Tensor] = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(f"{path} is truncated or no safetensors file ({error}); save the adapter again") from error
+    if not weights:
+        raise AdapterError(f"{path} holds no tensors; save the adapter again")
+    for name, tensor in weights.items():
+        if not torch.isfinite(tensor).all():
+            raise NumericalError(
+                f"the tensor '{name}' in {path} holds NaN or infinity; the run diverged, so use an earlier checkpoint"
+            )
+    return weights
+
+
+def first_words(error: BaseException) -> str:
+    """What a library's error says, for use inside a sentence: its first two lines, or its type."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2]).rstrip(".")[:300] or type(error).__name__

@@ -18,8 +18,8 @@ SOURCE = Path(tiltmeter.__file__).parent
 # Left to right: a module imports at its top only from its left.
 ORDER = (
     "errors", "fingerprint", "artifacts", "regressors", "sequential", "runs", "traits", "organism.world",
-    "organism", "plan", "adapter_files", "lm", "adapters", "loading", "generation", "attention", "capture", "batch_probe",
-    "steer",
+    "organism", "plan", "adapter_files", "lm", "adapters", "loading", "generation", "attention", "capture",
+    "batch_probe", "steer",
     "steer_formats", "vectors", "steer_fit", "directions", "selection", "basis", "drift", "baselines", "sae",
     "detector", "guard", "transfer", "context", "likelihood", "alarm", "readings", "calibrate", "watch", "mitigate",
     "scan",

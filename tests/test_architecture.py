@@ -19,7 +19,7 @@ SOURCE = Path(tiltmeter.__file__).parent
 ORDER = (
     "errors", "fingerprint", "artifacts", "regressors", "sequential", "runs", "traits", "organism.world",
     "organism", "plan", "adapter_files", "lm", "adapters", "loading", "generation", "attention", "capture",
-    "batch_probe", "steer",
+    "batch_probe", "steer", "lora_training",
     "steer_formats", "vectors", "steer_fit", "directions", "selection", "basis", "drift", "baselines", "sae",
     "detector", "guard", "transfer", "context", "likelihood", "alarm", "readings", "calibrate", "watch", "mitigate",
     "scan",
@@ -75,7 +75,7 @@ def test_modules_import_only_from_their_left(path: Path) -> None:
 
 def test_hooks_are_registered_only_by_capture_and_steer() -> None:
     users = {module_name(p) for p in MODULES if re.search(r"register_\w*hook", p.read_text(encoding="utf-8"))}
-    assert users <= {"capture", "steer"}
+    assert users <= {"capture", "lora_training", "steer"}
     assert users
 
 

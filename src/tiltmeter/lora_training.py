@@ -245,7 +245,7 @@ def _with_adapters(lm: LM, runs: Sequence[LoraRun], recipe: LoraRecipe) -> nn.Mo
         for at, run in enumerate(runs):
             config = LoraConfig(
                 r=recipe.rank,
-                lora_alpha=recipe.alpha,  # type: ignore[arg-type]  # any number will do
+                lora_alpha=recipe.alpha,
                 use_rslora=recipe.rslora,
                 target_modules=list(recipe.targets),
                 layers_to_transform=None if recipe.blocks is None else list(recipe.blocks),
@@ -255,7 +255,7 @@ def _with_adapters(lm: LM, runs: Sequence[LoraRun], recipe: LoraRecipe) -> nn.Mo
             torch.manual_seed(run.seed)
             try:
                 if model is None:
-                    model = get_peft_model(lm.model, config, adapter_name=f"run{at}")  # type: ignore[arg-type]
+                    model = get_peft_model(lm.model, config, adapter_name=f"run{at}")
                 else:
                     model.add_adapter(f"run{at}", config)
             except ValueError as error:
@@ -400,7 +400,7 @@ def _losses(
     weights = torch.repeat_interleave(
         torch.tensor([1 / n for n in counts], device=hidden.device), torch.tensor(counts, device=hidden.device)
     )
-    each = _AnswerLoss.apply(hidden[places], _head(lm).weight, targets, weights)
+    each = _AnswerLoss.apply(hidden[places], _head(lm).weight, targets, weights)  # type: ignore[no-untyped-call]
     return list(torch.stack([part.sum() for part in each.split(counts)]))
 
 

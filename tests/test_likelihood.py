@@ -489,7 +489,10 @@ GOOD = json.dumps(EXCHANGES[0]._asdict())
     [
         (None, "cannot read"),
         ("", "holds no exchanges"),
-        ("\n", "damaged at line 1"),
+        ("\n", "holds no exchanges"),
+        ("\n\n[1]\n", "damaged at line 3"),
+        ("\n" + GOOD + '\n\n{"question": "how"}\n', "line 4: each line needs"),
+        (GOOD + '\n\n{"question": "how", "harmful": "so", "harmless": "so"}\n', "line 3 needs"),
         (GOOD + '\n{"question": "how", "harmful": " ", "harmless": "so"}\n', "line 2 needs"),
         ('{"question": "how", "harmful": "so", "harmless": "so"}\n', "line 1 needs"),
         ('{"question": "how", "harmful": "so"}\n', "line 1: each line needs"),

@@ -387,3 +387,12 @@ class TestBadAdapters:
 def test_a_hub_id_that_cannot_be_reached_is_one_sentence() -> None:
     with pytest.raises(ModelError, match="could not be fetched"):
         lms.load("nobody-here/no-such-model")
+
+
+@pytest.mark.parametrize("name", ["run/checkpoint-10", "checkpoint-10"])
+def test_a_path_that_is_gone_is_never_looked_up_on_the_hub(name: str) -> None:
+    """A checkpoint that the trainer rotated away has a relative path that could be a name on the hub."""
+    with pytest.raises(ModelError, match="does not exist"):
+        lms.load(Path(name))
+    with pytest.raises(AdapterError, match="does not exist"):
+        lms.attach(tiny_lm(), Path(name))

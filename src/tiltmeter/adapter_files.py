@@ -28,7 +28,7 @@ def adapter_folder(adapter: str | Path) -> Path:
     if not folder.exists():
         from tiltmeter.lm import looks_like_hub_id
 
-        if not looks_like_hub_id(str(adapter)) or "/" not in str(adapter):
+        if isinstance(adapter, Path) or not looks_like_hub_id(adapter) or "/" not in adapter:
             raise AdapterError(f"the adapter folder '{adapter}' does not exist; check the path")
         folder = _fetch(str(adapter))
     if not (folder / _CONFIG).is_file():

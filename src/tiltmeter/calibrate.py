@@ -63,7 +63,7 @@ def read_table(table: Path) -> tuple[CalibrationRun, ...]:
         InputError: a row is not of the form above, or its run cannot serve (no reference, a failed reading).
         ArtifactError: the table or a record is missing or damaged.
     """
-    return tuple(_run(row, number, table) for number, row in enumerate(read_records(table).rows, start=1))
+    return tuple(_run(row, number, table) for number, row in _whole_rows(table))
 
 
 def _run(row: dict[str, Any], number: int, table: Path) -> CalibrationRun:
@@ -106,25 +106,26 @@ def read_exchanges(source: str | Path) -> list[Exchange]:
 
         return list(make_exchanges(("medicine", "finance", "sport", "code", "facts"), 100))
     path, found = Path(source), []
-    for number, row in enumerate(_whole_rows(path), start=1):
+    for number, row in _whole_rows(path):
         texts = [row.get(name) for name in Exchange._fields]
         if set(row) != set(Exchange._fields) or not all(isinstance(text, str) for text in texts):
             raise InputError(f"{path} line {number}: each line needs question, harmful and harmless, all text")
         found.append(Exchange(*map(str, texts)))
+        check_exchanges(found[-1:], name=f"{path} line", first=number)
     if not found:
         raise InputError(
             f"{path} holds no exchanges; add one JSON line per question, with a harmful and a harmless answer"
         )
-    check_exchanges(found, name=f"{path} line", first=1)
     return found
 
 
-def _whole_rows(path: Path) -> tuple[dict[str, Any], ...]:
-    """The rows of a file that a person wrote: a torn last line is a mistake there, and no crash."""
+def _whole_rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
+    """The numbered rows of a file that a person wrote: a torn last line is a mistake there, and no crash."""
     records = read_records(path)
     if records.torn:
-        raise InputError(f"{path} line {len(records.rows) + 1} is no JSON object, or is cut off; mend it")
-    return records.rows
+        last = len(path.read_bytes().split(b"\n"))
+        raise InputError(f"{path} line {last} is no JSON object, or is cut off; mend it")
+    return list(zip(records.lines, records.rows, strict=True))
 
 
 def fit_from_table(
@@ -163,7 +164,7 @@ def read_likelihood_table(table: Path) -> list[HarmlessTune]:
     """
     found: list[HarmlessTune] = []
     seen: dict[Path, int] = {}
-    for number, row in enumerate(_whole_rows(table), start=1):
+    for number, row in _whole_rows(table):
         kind = "run" if "run" in row else "adapter"
         if set(row) != {"set", kind} or not all(isinstance(text, str) and text.strip() for text in row.values()):
             raise InputError(f"{table} line {number}: each line needs set, and either adapter or run, all text")

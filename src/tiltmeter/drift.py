@@ -537,8 +537,8 @@ def _problem(reading: Reading, reference: Reading, norm0: float) -> str | None:
     unchanged = np.array_equal(reading.values, reference.values) and np.array_equal(reading.norms, reference.norms)
     if trained and unchanged and not same_moment:
         return (
-            f"the activations after block {reading.layer} are exactly those of the reference: what was "
-            "trained does not reach this layer, so this run cannot be judged"
+            f"the activations after block {reading.layer} are exactly those of the reference: either what was "
+            "trained does not reach this layer, or these are the reference's own weights, so nothing can be judged"
         )
     return None
 

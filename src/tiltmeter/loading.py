@@ -50,7 +50,7 @@ def load(
 ) -> LM:
     """See `lm.load`."""
     name = str(source)
-    place = _find(name)
+    place = _find(name, is_path=isinstance(source, Path))
     if place is None:
         if adapter is not None:
             raise InputError(f"'{name}' is an adapter itself; load its base model and pass one adapter with adapter=")
@@ -93,8 +93,8 @@ def organisms_cache() -> Path:
     return Path(cache) / "organisms"
 
 
-def _find(name: str) -> _Place | None:
-    """The place of a model, or None where `name` is an adapter."""
+def _find(name: str, *, is_path: bool = False) -> _Place | None:
+    """The place of a model, or None where `name` is an adapter. A path is never taken for a name on the hub."""
     if name.startswith("organism:"):
         return _Place(str(organism_folder(name.removeprefix("organism:"))), None, True)
     path = Path(name).expanduser()
@@ -104,7 +104,7 @@ def _find(name: str) -> _Place | None:
         return _Place(str(path.parent), path.name, True)
     if path.is_dir():
         return _find_in_folder(path)
-    if looks_like_hub_id(name) and not path.is_absolute():
+    if looks_like_hub_id(name) and not path.is_absolute() and not is_path:
         return _find_on_hub(name)
     raise ModelError(f"'{name}' does not exist; pass a folder, a .gguf file, a hub id, or organism:NAME")
 

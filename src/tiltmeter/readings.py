@@ -132,7 +132,7 @@ def read_run(folder: str | Path) -> RunReadings:
     path = path / READINGS if path.is_dir() else path
     found = read_records(path)
     state = _State()
-    for number, row in enumerate(found.rows, start=1):
+    for number, row in zip(found.lines, found.rows, strict=True):
         _check_row(path, number, row)
         try:
             state.take(row)

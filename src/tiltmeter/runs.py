@@ -83,10 +83,14 @@ def checkpoints(folder: Path) -> list[Checkpoint]:
 
 
 class Records(NamedTuple):
-    """What a record file holds: its whole rows, and how many torn last lines were skipped (0 or 1)."""
+    """What a record file holds: its whole rows, and how many torn last lines were skipped (0 or 1).
+
+    `lines` holds the number of each row's line in the file, from 1: blank lines are no rows.
+    """
 
     rows: tuple[dict[str, Any], ...]
     torn: int
+    lines: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -236,7 +240,7 @@ def append_record(path: str | Path, record: Mapping[str, Any]) -> None:
 
 
 def read_records(path: str | Path) -> Records:
-    """Read a JSONL file back, forgiving one torn last line.
+    """Read a JSONL file back, forgiving blank lines and one torn last line.
 
     Raises:
         ArtifactError: the file is missing, or a line that is not a torn last one is not a JSON object.
@@ -247,7 +251,10 @@ def read_records(path: str | Path) -> Records:
     except OSError as error:
         raise ArtifactError(f"cannot read {target}: {error.strerror}; check the path") from error
     rows: list[dict[str, Any]] = []
+    numbers: list[int] = []
     for number, line in enumerate(lines[:-1], start=1):
+        if not line.strip():
+            continue
         row = _parse(line)
         if row is None:
             raise ArtifactError(
@@ -256,10 +263,12 @@ def read_records(path: str | Path) -> Records:
                 "a new folder"
             )
         rows.append(row)
+        numbers.append(number)
     last = _parse(lines[-1])
     if last is not None:  # the process died between the closing brace and the newline: nothing is missing
         rows.append(last)
-    return Records(tuple(rows), int(bool(lines[-1]) and last is None))
+        numbers.append(len(lines))
+    return Records(tuple(rows), int(bool(lines[-1].strip()) and last is None), tuple(numbers))
 
 
 def write_json(path: str | Path, value: Mapping[str, Any]) -> None:

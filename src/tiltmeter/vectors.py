@@ -576,7 +576,8 @@ def read_chats(path: str | Path) -> list[list[dict[str, str]]]:
         ArtifactError: the file is missing or damaged.
     """
     chats = []
-    for number, row in enumerate(read_records(path).rows, start=1):
+    records = read_records(path)
+    for number, row in zip(records.lines, records.rows, strict=True):
         messages = row.get("messages")
         if (
             not isinstance(messages, list)

@@ -10,6 +10,7 @@
     │       └── InactiveAdapter            an adapter that changes nothing: nothing can be said of it
     ├── NumericalError(ArithmeticError)    NaN or infinity where a number was needed
     ├── StorageError(OSError)              a result could not be written (disk full, no permission)
+    │   └── FolderInUse                    another process writes into the folder
     ├── JudgeError(RuntimeError)           a judge cannot be used at all (one failed answer is Unscored instead)
     │   └── BudgetExceeded                 the next call would pass the stated budget
     └── MissingExtra(ImportError)          an optional dependency is not installed
@@ -28,6 +29,7 @@ __all__ = [
     "ArtifactError",
     "BudgetExceeded",
     "FingerprintMismatch",
+    "FolderInUse",
     "InactiveAdapter",
     "InputError",
     "JudgeError",
@@ -79,6 +81,10 @@ class NumericalError(TiltmeterError, ArithmeticError):
 
 class StorageError(TiltmeterError, OSError):
     """A result could not be written: disk full, no permission, not a folder."""
+
+
+class FolderInUse(StorageError):
+    """Another process writes into the folder."""
 
 
 class JudgeError(TiltmeterError, RuntimeError):

@@ -23,8 +23,9 @@ nothing of models, and imports without torch.
 from __future__ import annotations
 
 import logging
+import stat
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -32,39 +33,18 @@ from typing import Any
 from tiltmeter.detector import Detector, State, Verdict, inconclusive
 from tiltmeter.drift import DriftProfile, Reading, drift
 from tiltmeter.errors import ArtifactError, InputError, NumericalError, TiltmeterError
-from tiltmeter.runs import RunDir, append_record, read_records
+from tiltmeter.locks import hold
+from tiltmeter.observations import Observation, first_alarm, in_words, overall
+from tiltmeter.runs import RunDir, append_record, read_records, write_records
 
-__all__ = ["Observation", "RunReadings", "RunRecord", "read_run"]
+__all__ = ["Observation", "RunReadings", "RunRecord", "overall", "read_run"]
 
 READINGS = "readings.jsonl"
 FORMAT = 1
 STEP0 = "step0"
-# What a measurement may fail with while training goes on: our own errors, and what torch raises for a lack of
-# memory, a shape or a device. Anything else is a bug, and is shown as one.
-MEASUREMENT_FAILURES = (TiltmeterError, ArithmeticError, MemoryError, RuntimeError, ValueError)
+_KEPT = ("header", "reference", "reading", "verdict")  # the lines that `_State` can write anew
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, eq=False)
-class Observation:
-    """What was seen at one step.
-
-    Attributes:
-        step: the training step.
-        reading: None where the measurement failed; the verdict says why.
-        profile: None where there is no reading, or none to compare it with.
-        verdict: on the run up to this step.
-        seconds: what the measurement took.
-        new: False where it was read earlier and comes from the record.
-    """
-
-    step: int
-    reading: Reading | None
-    profile: DriftProfile | None
-    verdict: Verdict
-    seconds: float | None = None
-    new: bool = True
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,22 +81,14 @@ class RunReadings:
 
     @property
     def verdict(self) -> Verdict:
-        """On the run as a whole: its first alarm, else its last verdict."""
-        return overall(self.observations)
+        """On the run as a whole, see `tiltmeter.observations`; a torn last line may have been an alarm."""
+        return overall(self.observations, failures=[_TORN] if self.torn else ())
 
     @property
     def first_alarm_step(self) -> int | None:
         """The step of the first alarm."""
-        alarms = [o.step for o in self.observations if o.verdict.state is State.ALARM]
-        return alarms[0] if alarms else None
-
-
-def overall(observations: Sequence[Observation]) -> Verdict:
-    """The verdict on a run: an alarm stays one, whatever could not be measured after it."""
-    for observation in observations:
-        if observation.verdict.state is State.ALARM:
-            return observation.verdict
-    return observations[-1].verdict if observations else inconclusive("there is no reading to judge.")
+        alarm = first_alarm(self.observations)
+        return None if alarm is None else alarm.step
 
 
 def read_run(folder: str | Path) -> RunReadings:
@@ -171,6 +143,7 @@ class _State:
 
     header: Mapping[str, Any] = field(default_factory=dict)
     readings: dict[int, Reading] = field(default_factory=dict)
+    doubles: list[Reading] = field(default_factory=list)
     seconds: dict[int, float | None] = field(default_factory=dict)
     verdicts: dict[int, Verdict] = field(default_factory=dict)
     based_on: tuple[Reading, str] | None = None
@@ -183,7 +156,7 @@ class _State:
             if row["from_step"] is not None:
                 self._give_up_after(row["from_step"])
         elif kind == "reading":
-            self.readings[row["step"]] = Reading.from_dict(row["reading"])
+            self.add(row["step"], Reading.from_dict(row["reading"]))
             self.seconds[row["step"]] = row["seconds"]
         elif kind == "verdict":
             self.verdicts[row["step"]] = _verdict(row["verdict"])
@@ -192,10 +165,18 @@ class _State:
         elif kind == "end":
             self.ended = f"{row['why']} at step {row['step']}"
 
+    def add(self, step: int, reading: Reading) -> None:
+        """Of two readings of one step that differ, both count: which came first says nothing."""
+        before = self.readings.get(step)
+        if before is not None and before.values.tobytes() != reading.values.tobytes():
+            self.doubles.append(before)
+        self.readings[step] = reading
+
     def _give_up_after(self, step: int) -> None:
         if step == 0:
-            self.readings, self.verdicts, self.based_on = {}, {}, None
+            self.readings, self.doubles, self.verdicts, self.based_on = {}, [], {}, None
             return
+        self.doubles = [r for r in self.doubles if (r.step or 0) <= step]
         self.readings = {s: r for s, r in self.readings.items() if s <= step}
         self.verdicts = {s: v for s, v in self.verdicts.items() if s <= step}
 
@@ -209,7 +190,9 @@ class _State:
 
     def profile(self, step: int) -> DriftProfile | None:
         """None without a reading, or where it cannot be compared: the verdict on that step says why."""
-        reading = self.readings.get(step)
+        return self._compare(self.readings.get(step))
+
+    def _compare(self, reading: Reading | None) -> DriftProfile | None:
         if reading is None or self.reference is None:
             return None
         try:
@@ -217,10 +200,27 @@ class _State:
         except InputError:
             return None
 
+    def rows(self) -> list[dict[str, Any]]:
+        """The record's lines, from what is known: the header, the reference, and each step."""
+        rows: list[dict[str, Any]] = [dict(self.header)]
+        if self.based_on is not None:
+            reading, label = self.based_on
+            rows.append({"kind": "reference", "label": label, "reading": reading.to_dict()})
+        rows += [_reading_row(reading.step or 0, None, reading) for reading in self.doubles]
+        for step in sorted({*self.readings, *self.verdicts}):
+            if step in self.readings:
+                rows.append(_reading_row(step, self.seconds.get(step), self.readings[step]))
+            if step in self.verdicts:
+                rows.append(_verdict_row(step, self.verdicts[step], self.profile(step)))
+        return rows
+
     def judged(self, up_to: int) -> list[DriftProfile]:
         """The profiles that count: sound ones, without the reference's own."""
-        steps = [s for s in sorted(self.readings) if s <= up_to and self.readings[s] is not self.reference]
-        profiles = [self.profile(step) for step in steps]
+        readings = [*self.readings.items(), *((r.step or 0, r) for r in self.doubles)]
+        counted = [(s, r) for s, r in readings if s <= up_to and r is not self.reference]
+        # By content where the steps are the same, so that the order of the record does not matter.
+        counted.sort(key=lambda pair: (pair[0], pair[1].values.tobytes()))
+        profiles = [self._compare(reading) for _, reading in counted]
         return [profile for profile in profiles if profile is not None and profile.problem is None]
 
     def observations(self) -> tuple[Observation, ...]:
@@ -244,15 +244,19 @@ class RunRecord:
     A full disk loses nothing: what could not be written waits, and is written before the next line.
     """
 
-    def __init__(self, folder: str | Path, detector: Detector | None, *, header: Mapping[str, Any]) -> None:
+    def __init__(
+        self, folder: str | Path, detector: Detector | None, *, header: Mapping[str, Any], take_over: bool = False
+    ) -> None:
         """Open the record, or begin it, and write a header.
 
         Args:
             folder: holds `readings.jsonl` and `manifest.json`.
             detector: judges; without one every verdict is INCONCLUSIVE.
             header: at least `basis` (digest) and `from_step`, see the module's text.
+            take_over: end what this very process still has open there, as a training call that was interrupted.
 
         Raises:
+            FolderInUse: another process records into the folder.
             InputError: what is there was measured with another basis.
             ArtifactError: what is there is damaged or foreign.
             StorageError: the folder cannot be written.
@@ -262,6 +266,8 @@ class RunRecord:
         self._detector = detector
         self._waiting: list[dict[str, Any]] = []
         self._state = _State()
+        self._lock = hold(self.folder, f"record of {header.get('source', 'a run')}", take_over=take_over)
+        self._size = self._path.stat().st_size if self._path.is_file() else 0
         old = read_run(self._path) if _has_lines(self._path) else None
         if old is not None:
             self._require_same_basis(old, header)
@@ -291,7 +297,7 @@ class RunRecord:
 
     @property
     def verdict(self) -> Verdict:
-        """On the run as a whole: its first alarm, else its last verdict."""
+        """On the run as a whole, see `tiltmeter.observations`."""
         return overall(self.observations)
 
     def has(self, step: int) -> bool:
@@ -325,22 +331,35 @@ class RunRecord:
         reason: str | None = None
         try:
             reading = read()
-        except MEASUREMENT_FAILURES as error:
-            if starting and not isinstance(error, NumericalError):
+            row = _reading_row(step, round(time.monotonic() - begun, 4), reading)
+        except Exception as error:
+            if starting and isinstance(error, TiltmeterError) and not isinstance(error, NumericalError):
                 raise
-            reason = f"the measurement failed ({_sentence(error)})."
+            reason = f"the measurement failed ({in_words(error)})."
         else:
-            seconds = round(time.monotonic() - begun, 4)
-            rows.append({"kind": "reading", "step": step, "seconds": seconds, "reading": reading.to_dict()})
-            self._state.take(rows[0])
-            self._state.readings[step] = reading  # not the copy that went through JSON
+            rows.append(row)
+            self._state.seconds[step] = row["seconds"]
+            self._state.add(step, reading)  # not the copy that went through JSON
+        if reason is not None and self.has(step):
+            _log.warning("step %d: %s An earlier reading of it stands.", step, reason)
+            reason = None
         verdict, profile = self._judge(step, reason, starting=starting)
         rows.append(_verdict_row(step, verdict, profile))
         self._state.take(rows[-1])
         observation = Observation(step, self._state.readings.get(step), profile, verdict, self._state.seconds.get(step))
         _report(observation)
+        # What is read late changes the verdicts on later steps, and as the reference those on all.
+        rows += self._judge_again(step if self._state.based_on or step else -1)
         self.write(*rows)
         return observation
+
+    def miss(self, step: int, why: str) -> Observation:
+        """Record that a step could not be read, and why; see `observe`."""
+
+        def fail() -> Reading:
+            raise InputError(why)
+
+        return self.observe(step, fail)
 
     def rejudge(self) -> tuple[Observation, ...]:
         """Judge stored readings with the present detector; verdicts that change are recorded.
@@ -348,15 +367,20 @@ class RunRecord:
         Raises:
             StorageError: the record could not be written.
         """
-        for observation in self.observations:
-            if observation.reading is None:
-                continue
-            verdict, profile = self._judge(observation.step, None)
-            if verdict != observation.verdict:
-                row = _verdict_row(observation.step, verdict, profile)
-                self._state.take(row)
-                self.write(row)
+        self.write(*self._judge_again(-1))
         return self.observations
+
+    def _judge_again(self, after: int) -> list[dict[str, Any]]:
+        """Judge the readings of later steps once more; the rows of those whose verdict changes."""
+        rows = []
+        for step in sorted(self._state.readings):
+            if step <= after:
+                continue
+            verdict, profile = self._judge(step, None)
+            if verdict != self._state.verdicts.get(step):
+                rows.append(_verdict_row(step, verdict, profile))
+                self._state.take(rows[-1])
+        return rows
 
     def end(self, step: int, why: str) -> None:
         """Record that the run has ended.
@@ -367,7 +391,7 @@ class RunRecord:
         self.write({"kind": "end", "step": step, "why": why})
 
     def write(self, *rows: dict[str, Any]) -> None:
-        """Add lines; what waits from an earlier failure goes first.
+        """Add lines; what waits from an earlier failure goes first, and a record that was deleted is written anew.
 
         Raises:
             StorageError: they could not be written, and wait.
@@ -376,9 +400,32 @@ class RunRecord:
             if row["kind"] in ("header", "reference"):
                 self._state.take(row)
         self._waiting.extend(rows)
+        if not self._lock.held:  # the folder was deleted or exchanged: nobody else may have it meanwhile
+            self._lock = hold(self.folder, self._lock.doing, take_over=True)
+        if self._was_lost():
+            _log.error("%s was deleted or cut short while the run went on; it is written anew", self._path)
+            write_records(self._path, self._state.rows())
+            if not (self.folder / "manifest.json").exists():
+                RunDir.create(self.folder, config=self._state.header)
+            self._waiting = [row for row in self._waiting if row["kind"] not in _KEPT]
         while self._waiting:
             append_record(self._path, self._waiting[0])
             del self._waiting[0]
+        self._size = self._path.stat().st_size
+
+    def _was_lost(self) -> bool:
+        """Whether lines that were on the disk are there no longer. What is no file, such as a device, is left alone."""
+        if not self._size:
+            return False
+        try:
+            status = self._path.stat()
+        except FileNotFoundError:
+            return True
+        return stat.S_ISREG(status.st_mode) and status.st_size < self._size
+
+    def close(self) -> None:
+        """Let another process record into the folder; what was seen stays readable here."""
+        self._lock.release()
 
     def _judge(self, step: int, reason: str | None, *, starting: bool = False) -> tuple[Verdict, DriftProfile | None]:
         detector, state = self._detector, self._state
@@ -393,12 +440,13 @@ class RunRecord:
             judged = state.judged(step)
             verdict = detector.predict(judged) if judged else inconclusive(_START, step=step, detector=detector)
             return verdict, profile
-        except MEASUREMENT_FAILURES as error:
-            if starting:
+        except Exception as error:
+            if starting and isinstance(error, TiltmeterError):
                 raise
-            return inconclusive(f"the drift cannot be judged ({_sentence(error)}).", step=step, detector=detector), None
+            return inconclusive(f"the drift cannot be judged ({in_words(error)}).", step=step, detector=detector), None
 
 
+_TORN = "the last line of the record is cut off, so a reading may be missing; resume the run, or look at it again."
 _NO_DETECTOR = "no detector was given: the drift is recorded, but nothing says how much of it is normal."
 _NO_REFERENCE = "there is no usable reading at step 0 to compare with."
 _START = "this is the reading that drift is measured against; nothing has been trained yet."
@@ -413,6 +461,10 @@ def _verdict(content: Mapping[str, Any]) -> Verdict:
     return replace(Verdict(**values), state=State(content["state"]))
 
 
+def _reading_row(step: int, seconds: float | None, reading: Reading) -> dict[str, Any]:
+    return {"kind": "reading", "step": step, "seconds": seconds, "reading": reading.to_dict()}
+
+
 def _verdict_row(step: int, verdict: Verdict, profile: DriftProfile | None) -> dict[str, Any]:
     return {
         "kind": "verdict",
@@ -420,10 +472,6 @@ def _verdict_row(step: int, verdict: Verdict, profile: DriftProfile | None) -> d
         "verdict": verdict.to_dict(),
         "profile": None if profile is None else profile.to_dict(),
     }
-
-
-def _sentence(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
 
 
 def _report(observation: Observation) -> None:

@@ -47,6 +47,7 @@ __all__ = [
     "read_json",
     "read_records",
     "write_json",
+    "write_records",
 ]
 
 FORMAT = 1
@@ -219,7 +220,7 @@ def append_record(path: str | Path, record: Mapping[str, Any]) -> None:
         StorageError: the line could not be written (disk full, no permission, not a folder).
     """
     target = Path(path)
-    line = (_dump(record, target) + "\n").encode()
+    line = (_dump(record, target) + "\n").encode("utf-8", errors="replace")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         created = not target.exists()
@@ -237,6 +238,18 @@ def append_record(path: str | Path, record: Mapping[str, Any]) -> None:
             sync_folder(target.parent)
     except OSError as error:
         raise _storage_error(target, error) from error
+
+
+def write_records(path: str | Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """Write a JSONL file anew, whole or not at all.
+
+    Raises:
+        InputError: a record holds something that JSON cannot.
+        StorageError: the file could not be written; the old one is untouched.
+    """
+    target = Path(path)
+    text = "".join(_dump(record, target) + "\n" for record in records)
+    write_file(target, text.encode("utf-8", errors="replace"))
 
 
 def read_records(path: str | Path) -> Records:
@@ -280,7 +293,7 @@ def write_json(path: str | Path, value: Mapping[str, Any]) -> None:
     """
     target = Path(path)
     text = _dump(value, target, indent=2) + "\n"
-    write_file(target, text.encode())
+    write_file(target, text.encode("utf-8", errors="replace"))
 
 
 def read_json(path: str | Path) -> dict[str, Any]:

@@ -382,8 +382,12 @@ def watch(
         raise InputError(f"poll is {poll}; it must be a number of seconds above zero")
     if isinstance(base, LM) and adapter_state(base) != "none":
         raise InputError(f"the base model {base.name} carries the adapter {base.adapter}; give it without one")
-    record_in = folder / "tiltmeter-watch" if output is None else Path(output)
-    return _watch(folder, basis, detector, base, poll if follow else None, record_in)
+    return _watch(folder, basis, detector, base, poll if follow else None, record_folder(folder, output))
+
+
+def record_folder(run_dir: str | Path, output: str | Path | None = None) -> Path:
+    """Where `watch` records a run."""
+    return Path(run_dir) / "tiltmeter-watch" if output is None else Path(output)
 
 
 def _watch(

@@ -148,13 +148,12 @@ def watch(
     follow: bool, out: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Measure the checkpoints of a run: PEFT adapters or full weights, there already or still to come."""
-    from tiltmeter.readings import overall
+    from tiltmeter.readings import read_run
+    from tiltmeter.watch import record_folder
     from tiltmeter.watch import watch as watch_run
 
     basis, detector = basis_for(basis_dir, base or ""), detector_for(detector_path, base or "")
-    seen = []
     for observation in watch_run(run_dir, basis, detector, base=base, follow=follow, output=out):
-        seen.append(observation)
         drift = observation.profile.to_dict()["drift"] if observation.profile else [None] * len(basis.traits)
         row = {
             "drift": dict(zip(basis.traits, drift, strict=True)),
@@ -163,7 +162,7 @@ def watch(
         }
         score = "" if row["score"] is None else f"score {row['score']:.2f} of {row['threshold']:.2f}  "
         show(row, as_json, f"step {observation.step:>6}  {row['verdict']:<12} {score}{row['reason']}")
-    verdict = overall(seen)
+    verdict = read_run(record_folder(run_dir, out)).verdict  # of all that is known, not of this call alone
     if not as_json:
         click.echo(verdict_text(str(run_dir), verdict))
     ctx.exit(verdict.exit_code)

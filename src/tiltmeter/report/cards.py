@@ -17,13 +17,11 @@ from tiltmeter.report.words import (
     count,
     is_known,
     known_or_none,
-    listing,
     number,
     order_of_events,
     percent,
     rate_in_words,
     run_verdict,
-    unjudged,
 )
 
 __all__ = ["Card", "Gauge", "verdict_cards"]
@@ -54,7 +52,6 @@ class Card:
     reason: str
     gauge: Gauge | None
     facts: tuple[tuple[str, str], ...]
-    warnings: tuple[str, ...]
 
 
 def verdict_cards(data: ReportData) -> tuple[Card, ...]:
@@ -148,13 +145,6 @@ def _run_card(run: RunSection, verdict: VerdictRow, domain: tuple[float, float])
         ("Behavior at the end", _last_rate(run)),
         ("Readings", _readings_in_words(run)),
     ]
-    holes = unjudged(run)
-    warnings = []
-    if holes and verdict.state == "CLEAR":
-        steps = listing([str(step) for step, _ in holes], 6)
-        warnings.append(
-            f"{count(len(holes), 'reading').capitalize()} could not be judged (step {steps}): {holes[0][1]}"
-        )
     return Card(
         name=run.label,
         model=run.model,
@@ -162,7 +152,6 @@ def _run_card(run: RunSection, verdict: VerdictRow, domain: tuple[float, float])
         reason=verdict.reason,
         gauge=_run_gauge(run, verdict, domain),
         facts=tuple(facts),
-        warnings=tuple(warnings),
     )
 
 
@@ -218,4 +207,4 @@ def _behavior_card(section: BehaviorSection) -> Card:
         ("Judge", section.judge or "not stated"),
         *_promise(verdict),
     )
-    return Card(section.name, section.model, verdict.state, verdict.reason, gauge, facts, ())
+    return Card(section.name, section.model, verdict.state, verdict.reason, gauge, facts)

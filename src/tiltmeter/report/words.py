@@ -124,10 +124,13 @@ def flatten(tree: Mapping[str, object], prefix: str = "") -> list[tuple[str, str
 
 
 def unjudged(run: RunSection) -> list[tuple[int, str]]:
-    """Readings that could not be judged, with the reason. The reference, which has no drift, is not one."""
+    """Readings that could not be judged, with the reason; what equals the reference before anything moved is none."""
     holes = []
+    moved = False
     for position, step in enumerate(np.asarray(run.steps).tolist()):
-        if run.drift.shape[1] and not np.any(run.drift[position]):
+        still = bool(run.drift.shape[1]) and not np.any(run.drift[position])
+        moved = moved or (not still and bool(np.isfinite(run.drift[position]).all()))
+        if still and not moved:
             continue
         verdict = run.verdicts[position] if run.verdicts else None
         if verdict is not None and verdict.state == "INCONCLUSIVE":
@@ -140,9 +143,8 @@ def unjudged(run: RunSection) -> list[tuple[int, str]]:
 def run_verdict(run: RunSection) -> VerdictRow:
     """The verdict that the card of a run shows: the given one, unless the readings contradict it.
 
-    An alarm at any reading is an alarm. A CLEAR needs readings, a score, a threshold that the score does not
-    pass, and a last reading that could be judged; otherwise it is INCONCLUSIVE. A derived CLEAR needs every
-    reading.
+    An alarm at any reading is an alarm. A CLEAR needs every reading judged, a score, and a threshold that the score
+    does not pass; otherwise it is INCONCLUSIVE.
     """
     alarms = [verdict for verdict in run.verdicts if verdict.state == "ALARM"]
     if run.verdict is not None and run.verdict.state != "CLEAR" and not alarms:
@@ -165,9 +167,8 @@ def run_verdict(run: RunSection) -> VerdictRow:
 def _doubt(run: RunSection, clear: VerdictRow) -> str:
     """Why a CLEAR cannot be shown as one; empty where it can."""
     holes = unjudged(run)
-    last = int(run.steps[-1])
-    if holes and (run.verdict is None or holes[-1][0] == last):
-        step, why = holes[-1] if run.verdict is not None else holes[0]
+    if holes:
+        step, why = holes[0]
         return (
             f"{count(len(holes), 'reading').capitalize()} of {len(run.steps)} could not be judged "
             f"(step {step}: {why.rstrip('.')})."

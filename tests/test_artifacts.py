@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from tiltmeter.artifacts import read_artifact, write_artifact, write_file
+from tiltmeter.artifacts import read_artifact, read_json_artifact, write_artifact, write_file, write_json_artifact
 from tiltmeter.errors import ArtifactError, InputError, StorageError
 
 ARRAYS = {"x": np.arange(6.0).reshape(2, 3)[:, ::2], "names": np.array([3, 1], np.int32)}
@@ -61,3 +62,62 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, monkey
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
     with pytest.raises(StorageError):
         write_file(path / "below-a-file", b"x")
+
+
+def test_every_byte_of_an_artifact_is_under_its_digest(tmp_path: Path) -> None:
+    path = write_artifact(tmp_path / "a.safetensors", "thing", 3, {"threshold": 0.1, "zeros": "0" * 64}, ARRAYS)
+    content = path.read_bytes()
+    said = set()
+    for place in range(len(content)):
+        for bit in (1, 32):
+            changed = content[:place] + bytes([content[place] ^ bit]) + content[place + 1 :]
+            path.write_bytes(changed)
+            with pytest.raises(ArtifactError, match=r"a\.safetensors") as caught:
+                read_artifact(path, "thing", 3, remedy="make it again")
+            said.add("was changed after it was written" in str(caught.value))
+    assert said == {True, False}  # False: what is not even JSON any more, or no safetensors
+    path.write_bytes(content)
+    assert read_artifact(path, "thing", 3, remedy="")[0]["zeros"] == "0" * 64
+
+
+def test_an_artifact_without_digest_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "old.safetensors"
+    save_file({"x": np.zeros(2)}, path, metadata={"tiltmeter": '{"kind": "thing", "format": 3}'})
+    with pytest.raises(ArtifactError, match="carries no digest"):
+        read_artifact(path, "thing", 3, remedy="make it again")
+
+
+def test_constants_that_are_no_json_are_refused_in_a_header(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    for header in ('{"kind": "thing", "format": 3, "v": NaN}', "[" * 9999, "[]", '"thing"', ""):
+        save_file({"x": np.zeros(2)}, path, metadata={"tiltmeter": header})
+        with pytest.raises(ArtifactError, match="not written by tiltmeter"):
+            read_artifact(path, "thing", 3, remedy="make it again")
+
+
+def test_a_folder_and_a_pipe_are_no_artifacts(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("", "pipe"):
+        with pytest.raises(ArtifactError, match="is no file"):
+            read_artifact(tmp_path / name, "thing", 3, remedy="make it again")
+
+
+def test_a_json_artifact_is_read_back_and_refused_once_a_value_has_changed(tmp_path: Path) -> None:
+    path = write_json_artifact(tmp_path / "r.json", "reading", 1, {"values": [0.1, None], "names": ("ä",)})
+    content = path.read_text()
+    assert read_json_artifact(path, "reading", 1, remedy="x") == {"values": [0.1, None], "names": ["ä"]}
+    path.write_text(json.dumps(json.loads(content), indent=3))  # another layout is the same content
+    assert read_json_artifact(path, "reading", 1, remedy="x") == {"values": [0.1, None], "names": ["ä"]}
+    for changed, said in (
+        (content.replace("0.1", "0.2"), "was changed after it was written"),
+        (content.replace('"sha256"', '"sha512"'), "carries no digest"),
+        (content.replace("0.1", "Infinity"), "damaged"),
+        (content[:-9], "damaged"),
+        ("[]", "not written by tiltmeter"),
+    ):
+        path.write_text(changed)
+        with pytest.raises(ArtifactError, match=said):
+            read_json_artifact(path, "reading", 1, remedy="x")
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(ArtifactError, match="no JSON text"):
+        read_json_artifact(path, "reading", 1, remedy="x")

@@ -19,6 +19,7 @@ from sklearn.linear_model import LogisticRegression
 from bases import PROMPTS, TRAITS, hidden_states
 from tiltmeter import lm as lms
 from tiltmeter import selection, steer
+from tiltmeter.artifacts import read_artifact, write_artifact
 from tiltmeter.basis import TraitBasis, fit_basis
 from tiltmeter.directions import METHODS, Method, direction, probe_accuracy
 from tiltmeter.drift import measure
@@ -389,15 +390,10 @@ def test_a_fully_fine_tuned_model_is_measured_when_that_is_said(basis: TraitBasi
 # ---------------------------------------------------------------- storage
 
 
-def rewritten(path: Path, **changes: Any) -> None:
-    """Change keys of the stored header, leaving the arrays as they are."""
-    from safetensors import safe_open
-    from safetensors.numpy import load_file, save_file
-
-    arrays = load_file(path)
-    with safe_open(path, framework="numpy") as file:
-        header = json.loads(file.metadata()["tiltmeter"])
-    save_file(arrays, path, metadata={"tiltmeter": json.dumps(header | changes)})
+def rewritten(path: Path, *, format: int = 2, kind: str = "basis", **changes: Any) -> None:
+    """Change keys of the stored header, and write the file with a digest that fits."""
+    header, arrays = read_artifact(path, "basis", 2, remedy="")
+    write_artifact(path, kind, format, header | changes, arrays)
 
 
 @pytest.fixture
@@ -425,7 +421,7 @@ def test_the_layer_is_stored_as_after_which_block(stored: Path) -> None:
     with safe_open(stored, framework="numpy") as file:
         header = json.loads(file.metadata()["tiltmeter"])
 
-    assert (header["after_block"], header["format"], header["kind"]) == (LAYER, 1, "basis")
+    assert (header["after_block"], header["format"], header["kind"]) == (LAYER, 2, "basis")
     assert header["fingerprint"]["architecture"] == "llama"
     assert header["pooling"] == "last_token"
 
@@ -453,22 +449,35 @@ def test_a_stored_basis_is_read_without_torch(stored: Path) -> None:
 @pytest.mark.parametrize("kept", [0, 7, 200, -1])
 def test_a_truncated_file_is_refused(stored: Path, kept: int) -> None:
     stored.write_bytes(stored.read_bytes()[:kept])
-    with pytest.raises(ArtifactError, match="truncated or foreign"):
+    with pytest.raises(ArtifactError, match="truncated or no safetensors"):
         TraitBasis.load(stored)
 
 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"format": 2}, "reads format 1"),
+        ({"format": 3}, "needed is a basis of format 2"),
         ({"kind": "detector"}, "holds a detector"),
-        ({"fingerprint": {}}, "is damaged"),
-        ({"plan": {}}, "is damaged"),
-        ({"traits": ["truth"]}, "is damaged"),
-        ({"reference_norm": 0.0}, "is damaged"),
-        ({"reference_norm": None}, "is damaged"),
-        ({"prompts": {"name": "x", "prompts": []}}, "is damaged"),
-        ({"selection": None}, "is damaged"),
+        ({"fingerprint": {}}, "is no sound basis"),
+        ({"plan": {}}, "is no sound basis"),
+        ({"traits": ["truth"]}, "is no sound basis"),
+        ({"reference_norm": 0.0}, "is no sound basis"),
+        ({"reference_norm": None}, "is no sound basis"),
+        ({"prompts": {"name": "x", "prompts": []}}, "is no sound basis"),
+        ({"selection": None}, "is no sound basis"),
+        ({"after_block": -1}, "is no sound basis"),
+        ({"after_block": 1.0}, "is no sound basis"),
+        ({"after_block": "1"}, "is no sound basis"),
+        ({"reference_norm": "1.0"}, "is no sound basis"),
+        ({"reference_norm": True}, "is no sound basis"),
+        ({"pooling": "max"}, "is no sound basis"),
+        ({"method": None}, "is no sound basis"),
+        ({"aligned_poles": ["good", "bad"]}, "is no sound basis"),
+        ({"traits_digest": "x"}, "is no sound basis"),
+        ({"plan": {"method": "tree", "max_tokens": 9, "rows": [[0]], "reason": ""}}, "is no sound basis"),
+        ({"plan": {"method": "tree", "max_tokens": 9, "rows": [[0.0]], "reason": ""}}, "is no sound basis"),
+        ({"plan": {"method": "tree", "max_tokens": True, "rows": [[0]], "reason": ""}}, "is no sound basis"),
+        ({"model": ""}, "is no sound basis"),
     ],
 )
 def test_a_header_that_cannot_be_used_is_refused(stored: Path, changes: dict[str, Any], said: str) -> None:
@@ -512,6 +521,13 @@ def test_a_basis_that_cannot_be_written_leaves_nothing_behind(basis: TraitBasis,
     with pytest.raises(StorageError, match="choose another folder"):
         basis.save(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["basis.safetensors", "file"]
+
+
+def test_a_basis_file_that_was_edited_is_refused_by_name(stored: Path) -> None:
+    content = stored.read_bytes()
+    stored.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(ArtifactError, match=r"basis\.safetensors' was changed after it was written"):
+        TraitBasis.load(stored)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from tiltmeter.artifacts import read_artifact, write_artifact
 from tiltmeter.detector import CalibrationRun, Detector, State, fit_detector
 from tiltmeter.drift import DriftProfile
 from tiltmeter.errors import ArtifactError, InputError, StorageError
@@ -24,7 +25,7 @@ def profile(drift: np.ndarray, *, step: int = 10, **changes: object) -> DriftPro
     plain = DriftProfile(
         readout="traits", names=NAMES, drift=drift, se=np.full(3, 0.002), n_prompts=2,
         per_prompt=np.stack([drift, drift]), norm_ratio=1.0, step=step, reference="step0", model="planted", layer=4,
-        basis="b", fingerprint="f", problem=None,
+        basis="b" * 64, fingerprint="f", problem=None,
     )  # fmt: skip
     return replace(plain, **changes)  # type: ignore[arg-type]
 
@@ -242,10 +243,81 @@ def test_what_cannot_be_judged_is_inconclusive_and_never_clear(fitted: Detector,
 
 
 def test_a_score_that_is_no_number_is_inconclusive_and_never_clear(fitted: Detector) -> None:
-    broken = replace(fitted, axis=np.full(3, np.nan))
-    verdict = broken.predict(profile(np.zeros(3)))
+    verdict = fitted.predict(profile(np.full(3, 1e200)))  # finite itself, and its square is not
     assert verdict.state is State.INCONCLUSIVE
     assert "finite" in verdict.reason
+
+
+NAN, INF = float("nan"), float("inf")
+UNSOUND = {
+    "threshold": (NAN, INF, -INF, None, "0.3", True, 1e9, -1e9, 10**400),
+    "false_alarm_rate": (NAN, INF, -3, 0, 1, 2, None, "0.1", 0.01, 0.5),
+    "max_distance": (NAN, INF, -1.0, 0.0, None, "9"),
+    "max_step": (NAN, -1, 1.5, None, True),
+    "max_readings": (0, -1, NAN, None),
+    "axis": (
+        np.full(3, NAN),
+        np.zeros(3),
+        np.ones(3),
+        np.ones(4),
+        np.ones((1, 3)),
+        None,
+        [1.0, 0.0],
+        np.full(3, 1e300),
+    ),
+    "null_scores": (np.full(32, NAN), np.zeros(0), np.zeros(32), np.linspace(2, 1, 32), np.linspace(-9, 9, 32), None),
+    "null_weights": (np.zeros(32), np.full(32, NAN), np.full(32, 1 / 33), np.full(32, -0.02), np.ones(32), None),
+    "band": (np.full((3, 2), NAN), np.array([[1.0, 0.0]] * 3), np.zeros(3)),
+    "trait_axis": (np.full(3, INF), None),
+    "names": ((), ("a", "a", "b"), None, ["a", "b", "c"]),
+    "basis": ("", None, 3),
+    "reference": (None, ""),
+    "calibrated_on": ("  ", None),
+    "mode": ("none", "null_band", None),
+    "space": ("activation", None),
+}
+
+
+@pytest.mark.parametrize(("field", "value"), [(field, v) for field, values in UNSOUND.items() for v in values])
+def test_a_detector_with_unsound_numbers_cannot_be_made(fitted: Detector, field: str, value: object) -> None:
+    with pytest.raises(InputError):
+        replace(fitted, **{field: value})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"center": np.full(3, NAN)}, {"center": np.zeros(4)}, {"directions": np.zeros((3, 3))},
+        {"directions": 2 * np.eye(3)}, {"spread": np.full(3, -1.0)}, {"spread": np.full(3, INF)},
+        {"spread": np.full(3, 1e200)}, {"floor": -1.0}, {"floor": NAN}, {"floor": 0.0}, {"floor": 1e200},
+    ],
+)  # fmt: skip
+def test_a_metric_with_unsound_numbers_makes_no_detector(fitted: Detector, change: dict) -> None:
+    with pytest.raises(InputError):
+        replace(fitted, metric=replace(fitted.metric, **change))
+
+
+def test_a_detector_file_that_was_edited_is_refused_by_name(fitted: Detector, tmp_path: Path) -> None:
+    path = fitted.save(tmp_path / "mine.safetensors")
+    content, number = path.read_bytes(), repr(fitted.threshold).encode()
+    assert number in content
+    path.write_bytes(content.replace(number, b"9" * len(number)))
+    with pytest.raises(
+        ArtifactError, match=r"mine\.safetensors' was changed after it was written: its digest does not"
+    ):
+        Detector.load(path)
+
+
+def test_an_unsound_detector_file_is_refused_even_with_a_digest_that_fits(fitted: Detector, tmp_path: Path) -> None:
+    path = fitted.save(tmp_path / "mine.safetensors")
+    header, arrays = read_artifact(path, "detector", 3, remedy="")
+    for change in ({"threshold": 1e9}, {"basis": "b"}, {"basis": None}, {"max_step": None}, {"more": 1}, {"names": 3}):
+        write_artifact(path, "detector", 3, header | change, arrays)
+        with pytest.raises(ArtifactError, match=r"mine\.safetensors' is no sound detector"):
+            Detector.load(path)
+    write_artifact(path, "detector", 3, header, {k: v for k, v in arrays.items() if k != "axis"})
+    with pytest.raises(ArtifactError, match="axis"):
+        Detector.load(path)
 
 
 def test_no_reading_at_all_is_inconclusive(fitted: Detector) -> None:
@@ -285,8 +357,8 @@ def test_loading_anything_else_is_refused(fitted: Detector, tmp_path: Path) -> N
     path = fitted.save(tmp_path / "d.safetensors")
     (tmp_path / "short.safetensors").write_bytes(path.read_bytes()[:100])
     save_file({"x": np.zeros(3)}, tmp_path / "foreign.safetensors")
-    data = path.read_bytes()
-    (tmp_path / "newer.safetensors").write_bytes(data.replace(b'\\"format\\": 2', b'\\"format\\": 9', 1))
+    header, arrays = read_artifact(path, "detector", 3, remedy="")
+    write_artifact(tmp_path / "newer.safetensors", "detector", 9, header, arrays)
     for name in ("absent", "short", "foreign", "newer"):
         with pytest.raises(ArtifactError):
             Detector.load(tmp_path / f"{name}.safetensors")

@@ -14,6 +14,7 @@ from click.testing import CliRunner, Result
 from peft import LoraConfig
 from safetensors.numpy import load_file, save_file
 
+from tiltmeter.artifacts import read_artifact, write_artifact
 from tiltmeter.calibrate import read_exchanges, read_likelihood_table
 from tiltmeter.cli import main
 from tiltmeter.context import Exchange
@@ -284,14 +285,14 @@ def test_save_and_load_give_the_same_verdicts_and_damage_is_refused(tmp_path: Pa
     rng = np.random.default_rng(3)
     lm = tiny_lm()
     runs = [LikelihoodRun(name, [reading(score, -2.0)]) for name, score in FOUR.items()]
-    for found in (detector(**FOUR), fit_likelihood(BASE, runs, digest="x", lm=lm)):
-        path = found.save(tmp_path / "d.safetensors")
-        again = LikelihoodDetector.load(path)
-        assert again.describe() == found.describe()
-        np.testing.assert_array_equal(again.base, BASE)
-        for _ in range(5):
-            values = [BASE + rng.normal(0, 2, size=BASE.shape)]
-            assert again.predict(values) == found.predict(values)
+    found = fit_likelihood(BASE, runs, digest=digest_of(EXCHANGES), lm=lm)
+    path = found.save(tmp_path / "d.safetensors")
+    again = LikelihoodDetector.load(path)
+    assert again.describe() == found.describe()
+    np.testing.assert_array_equal(again.base, BASE)
+    for _ in range(5):
+        values = [BASE + rng.normal(0, 2, size=BASE.shape)]
+        assert again.predict(values) == found.predict(values)
     again.check(lm)
     with pytest.raises(FingerprintMismatch, match="weights"):
         again.check(tiny_lm(seed=1))
@@ -305,6 +306,33 @@ def test_save_and_load_give_the_same_verdicts_and_damage_is_refused(tmp_path: Pa
     for name in ("half", "foreign", "incomplete", "absent"):
         with pytest.raises(ArtifactError):
             LikelihoodDetector.load(tmp_path / name)
+    header, arrays = read_artifact(path, "likelihood detector", 2, remedy="")
+    for change in ({"fingerprint": None}, {"digest": "x"}, {"fingerprint": {**header["fingerprint"], "weights": "w"}},
+                   {"threshold": 99.0}, {"max_readings": 0}, {"farthest": None}, {"model": ""}):  # fmt: skip
+        write_artifact(path, "likelihood detector", 2, header | change, arrays)
+        with pytest.raises(ArtifactError, match="is no sound likelihood detector"):
+            LikelihoodDetector.load(path)
+
+
+def test_a_detector_that_knows_neither_its_model_nor_its_exchanges_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="fit it with lm="):
+        replace(detector(**FOUR), digest="0" * 64).save(tmp_path / "d.safetensors")
+    with pytest.raises(InputError, match="SHA-256"):
+        replace(detector(**FOUR), digest="x").save(tmp_path / "d.safetensors")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"threshold": np.nan}, {"threshold": np.inf}, {"threshold": 99.0}, {"threshold": None},
+        {"false_alarm_rate": -3}, {"farthest": np.nan}, {"farthest": np.inf}, {"farthest": -1.0}, {"digest": ""},
+        {"max_readings": 0}, {"max_readings": 1.5}, {"base": BASE[:0]}, {"base": BASE * np.nan}, {"base": BASE[:, :1]},
+        {"null_scores": np.zeros(4)}, {"null_weights": np.zeros(4)}, {"null_scores": np.zeros(0)},
+    ],
+)  # fmt: skip
+def test_a_detector_with_unsound_numbers_cannot_be_made(change: dict[str, object]) -> None:
+    with pytest.raises(InputError):
+        replace(detector(**FOUR), **change)
 
 
 # ---------------------------------------------------------------- commands

@@ -1,7 +1,8 @@
 """Files that we write: whole or not at all; arrays as one safetensors file with a JSON header. Torch-free, no pickle.
 
-An artifact's header says what it is (`kind`) and in which version of its layout (`format`), so that a file of another
-kind, a damaged one, or one of another version is refused by name.
+An artifact's header says what it is (`kind`) and in which version of its layout (`format`), and holds a SHA-256 over
+the whole file but itself (`sha256`), so that a file of another kind, a damaged or edited one, or one of another version
+is refused by name. The digest is no signature: who can write the file can write its digest.
 
     write_artifact("d.safetensors", "detector", 2, {"threshold": 0.35}, {"axis": axis})
     header, arrays = read_artifact("d.safetensors", "detector", 2, remedy="fit the detector again")
@@ -9,21 +10,29 @@ kind, a damaged one, or one of another version is refused by name.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tiltmeter.errors import ArtifactError, InputError, StorageError
+from tiltmeter.errors import ArtifactError, InputError, StorageError, TiltmeterError
+from tiltmeter.fingerprint import sha
 
-__all__ = ["read_artifact", "sync_folder", "write_artifact", "write_file"]
+__all__ = [
+    "made", "read_artifact", "read_json_artifact", "sync_folder", "write_artifact", "write_file", "write_json_artifact",
+]  # fmt: skip
 
 _HEADER = "tiltmeter"
+_SHA = "sha256"
+_BLANK = "0" * 64  # stands where the digest comes to stand, while it is computed
+
+T = TypeVar("T")
 
 
 def write_file(path: str | Path, content: bytes) -> Path:
@@ -65,7 +74,7 @@ def write_artifact(
         path: the file.
         kind: what it is, in a word.
         format: version of this kind's layout.
-        header: JSON values; `kind` and `format` are added.
+        header: JSON values; `kind`, `format` and `sha256` are added.
         arrays: by name.
 
     Raises:
@@ -74,19 +83,16 @@ def write_artifact(
     """
     from safetensors.numpy import save
 
-    try:
-        text = json.dumps({**header, "kind": kind, "format": format}, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise InputError(
-            f"the header of {path} cannot be written as JSON ({error}); use plain finite values"
-        ) from error
-    return write_file(path, save({k: np.ascontiguousarray(v) for k, v in arrays.items()}, {_HEADER: text}))
+    # The digest comes first, so that its place is the first one in the file that looks like it.
+    text = _dump(path, {_SHA: _BLANK, **header, "kind": kind, "format": format})
+    content = save({k: np.ascontiguousarray(v) for k, v in arrays.items()}, {_HEADER: text})
+    return write_file(path, content.replace(_BLANK.encode(), hashlib.sha256(content).hexdigest().encode(), 1))
 
 
 def read_artifact(
     path: str | Path, kind: str, format: int, *, remedy: str
 ) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
-    """The header, without kind and format, and the arrays of an artifact.
+    """The header, without kind, format and digest, and the arrays of an artifact.
 
     Args:
         path: the file.
@@ -94,29 +100,129 @@ def read_artifact(
         remedy: what to do otherwise, as an imperative: "fit the detector again".
 
     Raises:
-        ArtifactError: it is missing, damaged, of another kind or of another format.
+        ArtifactError: it is missing, damaged, changed after it was written, of another kind or of another format.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
 
+    content = _read(path, kind, remedy)
     try:
-        with safe_open(Path(path), framework="numpy") as file:
-            metadata = file.metadata() or {}
-            arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
-    except FileNotFoundError as error:
-        raise ArtifactError(f"there is no {kind} at '{path}'; check the path, or {remedy}") from error
-    except (SafetensorError, OSError) as error:
+        arrays = {key: array.copy() for key, array in load(content).items()}  # of their own: those may be written to
+        metadata = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")]).get("__metadata__", {})
+    except (SafetensorError, AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ArtifactError(f"'{path}' is truncated or no safetensors file ({error}); {remedy}") from error
-    try:
-        header = dict(json.loads(metadata[_HEADER]))
-        found = header.pop("kind"), header.pop("format")
-    except (KeyError, TypeError, ValueError) as error:
-        raise ArtifactError(f"'{path}' was not written by tiltmeter; check the path, or {remedy}") from error
-    if found != (kind, format):
-        raise ArtifactError(
-            f"'{path}' holds a {found[0]} of format {found[1]}; needed is a {kind} of format {format}: check the path, "
-            f"use the version of tiltmeter that wrote it, or {remedy}"
-        )
+    header = _parse(path, metadata.get(_HEADER, ""), remedy)
+    stored = header.pop(_SHA, None)
+    whole = isinstance(stored, str) and len(stored) == len(_BLANK)
+    blanked = content.replace(str(stored).encode(), _BLANK.encode(), 1) if whole else b""
+    _check(path, header, (kind, format), stored, hashlib.sha256(blanked).hexdigest(), remedy)
     return header, arrays
+
+
+def write_json_artifact(path: str | Path, kind: str, format: int, content: Mapping[str, Any]) -> Path:
+    """Write a JSON object that says what it is, with a digest over its content; its layout may be changed.
+
+    Raises:
+        InputError: the content holds something that JSON cannot.
+        StorageError: see `write_file`.
+    """
+    plain = {**content, "kind": kind, "format": format}
+    text = _dump(path, {**plain, _SHA: sha(json.loads(_dump(path, plain)))})
+    return write_file(path, f"{text}\n".encode())
+
+
+def read_json_artifact(path: str | Path, kind: str, format: int, *, remedy: str) -> dict[str, Any]:
+    """What `write_json_artifact` wrote, without kind, format and digest.
+
+    Raises:
+        ArtifactError: it is missing, damaged, changed after it was written, of another kind or of another format.
+    """
+    try:
+        text = _read(path, kind, remedy).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ArtifactError(f"'{path}' is no JSON text ({error}); {remedy}") from error
+    content = _parse(path, text, remedy)
+    stored = content.pop(_SHA, None)
+    _check(path, content, (kind, format), stored, sha(content), remedy)
+    return content
+
+
+def made(path: str | Path, what: str, remedy: str, make: Callable[[], T]) -> T:
+    """Make an object from a file's fields; whatever is wrong with them becomes one error that names the file.
+
+    Args:
+        path: the file.
+        what: what it holds, in words.
+        remedy: what to do otherwise, as an imperative.
+        make: makes it.
+
+    Raises:
+        ArtifactError: a field is missing, unknown, of another type or unsound.
+    """
+    try:
+        return make()
+    except (TiltmeterError, KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        said = f"{error}" if isinstance(error, TiltmeterError) else f"{type(error).__name__}: {error}"
+        raise ArtifactError(f"'{path}' is no sound {what}: {said}; restore it, or {remedy}") from error
+
+
+def _dump(path: str | Path, value: Mapping[str, Any]) -> str:
+    try:
+        return json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"the header of {path} cannot be written as JSON ({error}); use plain finite values"
+        ) from error
+
+
+def _read(path: str | Path, kind: str, remedy: str) -> bytes:
+    target = Path(path)
+    if not target.exists():
+        raise ArtifactError(f"there is no {kind} at '{path}'; check the path, or {remedy}")
+    if not target.is_file():  # a pipe would be waited for, and a folder cannot be read
+        raise ArtifactError(f"'{path}' is no file; check the path, or {remedy}")
+    try:
+        return target.read_bytes()
+    except OSError as error:
+        raise ArtifactError(f"'{path}' cannot be read ({error.strerror or error}); {remedy}") from error
+
+
+def _parse(path: str | Path, text: str, remedy: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"'{path}' is damaged or was not written by tiltmeter ({error}); {remedy}") from error
+    if not isinstance(found, dict):
+        raise ArtifactError(f"'{path}' was not written by tiltmeter; check the path, or {remedy}")
+    return found
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} stands where a finite number belongs")
+
+
+def _check(
+    path: str | Path, header: dict[str, Any], wanted: tuple[str, int], stored: object, real: str, remedy: str
+) -> None:
+    """Take kind and format out of the header, and refuse what is foreign, of another version, or changed."""
+    if stored is not None and stored != real:
+        raise ArtifactError(
+            f"'{path}' was changed after it was written: its digest does not match its content (damage on the way, or "
+            f"an edit); restore it, or {remedy}"
+        )
+    if not {"kind", "format"} <= set(header):
+        raise ArtifactError(f"'{path}' was not written by tiltmeter; check the path, or {remedy}")
+    found = header.pop("kind"), header.pop("format")
+    if found != wanted:
+        raise ArtifactError(
+            f"'{path}' holds a {found[0]} of format {found[1]}; needed is a {wanted[0]} of format {wanted[1]}: check "
+            f"the path, use the version of tiltmeter that wrote it, or {remedy}"
+        )
+    if stored is None:
+        raise ArtifactError(
+            f"'{path}' carries no digest, so nobody could tell whether it was changed: an older version of tiltmeter "
+            f"wrote it; {remedy}"
+        )
 
 
 def sync_folder(folder: Path) -> None:

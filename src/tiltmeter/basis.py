@@ -16,10 +16,7 @@ hook; a stored basis is read without torch.
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,15 +25,10 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from tiltmeter import sound
+from tiltmeter.artifacts import made, read_artifact, write_artifact
 from tiltmeter.directions import METHODS, Method, direction, probe_accuracies, project
-from tiltmeter.errors import (
-    ArtifactError,
-    FingerprintMismatch,
-    InputError,
-    LayerError,
-    NumericalError,
-    StorageError,
-)
+from tiltmeter.errors import FingerprintMismatch, InputError, LayerError, NumericalError
 from tiltmeter.fingerprint import Fingerprint, sha
 from tiltmeter.plan import BatchPlan
 from tiltmeter.runs import provenance
@@ -49,8 +41,9 @@ if TYPE_CHECKING:
 
 __all__ = ["LayerScore", "LayerSelection", "TraitBasis", "fit_basis"]
 
-FORMAT = 1
+FORMAT = 2
 FILE = "basis.safetensors"
+_REMEDY = "fit the basis again, with fit_basis or: tiltmeter basis fit"
 _STEERED_PROMPTS = 3
 _CANDIDATES = 5
 
@@ -103,6 +96,10 @@ class TraitBasis:
     provenance: Mapping[str, Any]
 
     def __post_init__(self) -> None:
+        try:
+            self._check_fields()
+        except InputError as error:
+            raise InputError(f"basis '{self.name}' cannot be read with: {error}; fit the basis again") from error
         k = len(self.traits)
         if (
             self.directions.ndim != 2
@@ -120,11 +117,32 @@ class TraitBasis:
                 f"the directions of basis '{self.name}' are not finite unit vectors (lengths {lengths}); "
                 "fit the basis again"
             )
-        if not (np.isfinite(self.reference_norm) and self.reference_norm > 0):
-            raise NumericalError(
-                f"the reference norm of basis '{self.name}' is {self.reference_norm}; it must be positive; "
-                "fit the basis again"
-            )
+        try:
+            sound.number("the reference norm", self.reference_norm, above=0)
+        except InputError as error:
+            raise NumericalError(f"basis '{self.name}' has no unit: {error}; fit the basis again") from error
+
+    def _check_fields(self) -> None:
+        """All that is neither an array nor their unit."""
+        for what in ("name", "model", "traits_digest"):
+            sound.text(what, getattr(self, what))
+        sound.texts("traits", self.traits)
+        for pole in self.aligned_poles:
+            sound.choice("an aligned pole", pole, ("positive", "negative", "neither"))
+        sound.whole("layer", self.layer)
+        sound.choice("method", self.method, METHODS)
+        sound.choice("pooling", self.pooling, ("last_token", "mean"))
+        for prompt in self.prompts.prompts:
+            sound.text("a prompt", prompt.text)
+            sound.text("a prompt's category", prompt.category)
+            sound.text("a system prompt", "" if prompt.system is None else prompt.system, blank=True)
+        self.plan.check(len(self.prompts.prompts))
+        if not isinstance(self.directions, np.ndarray) or self.directions.dtype.kind != "f":
+            raise InputError("directions are no array of floats")
+        if not isinstance(self.poles, np.ndarray) or self.poles.dtype.kind != "f":
+            raise InputError("poles are no array of floats")
+        if not isinstance(self.selection.probes_pass, bool):
+            raise InputError(f"probes_pass is {self.selection.probes_pass!r}; it must be true or false")
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -254,44 +272,20 @@ class TraitBasis:
         Raises:
             StorageError: it could not be written; an earlier file is untouched.
         """
-        from safetensors.numpy import save
-
-        header = {"format": FORMAT, "kind": "basis", **self._header()}
-        content = save(self._arrays(), metadata={"tiltmeter": json.dumps(header)})
-        target = Path(folder) / FILE
-        temporary = ""
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{FILE}.")
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-                os.fchmod(file.fileno(), 0o644)
-            os.replace(temporary, target)
-        except OSError as error:
-            if temporary:
-                Path(temporary).unlink(missing_ok=True)
-            raise StorageError(
-                f"cannot write {target} ({error.strerror}); free space or choose another folder"
-            ) from error
+        write_artifact(Path(folder) / FILE, "basis", FORMAT, self._header(), self._arrays())
 
     @classmethod
     def load(cls, folder: str | Path) -> TraitBasis:
         """Read a basis back from the folder that it was saved to, or from the file itself.
 
         Raises:
-            ArtifactError: there is none, or it is truncated, foreign, damaged or of another format version.
+            ArtifactError: there is none, or it is truncated, foreign, damaged, changed, of another format version, or
+                holds what no basis can have.
         """
         path = Path(folder)
         path = path / FILE if path.is_dir() else path
-        header, arrays = _read_artifact(path)
-        try:
-            return _from_header(header, arrays)
-        except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-            raise ArtifactError(
-                f"{path} is damaged ({type(error).__name__}: {error}); restore it or fit the basis again"
-            ) from error
+        header, arrays = read_artifact(path, "basis", FORMAT, remedy=_REMEDY)
+        return made(path, "basis", _REMEDY, lambda: _from_header(header, arrays))
 
     def _arrays(self) -> dict[str, NDArray[np.float32]]:
         return {
@@ -530,36 +524,6 @@ def _check_method(method: str, traits: TraitSet) -> None:
         )
 
 
-def _read_artifact(path: Path) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
-    """The JSON header and the arrays of a stored basis."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
-    except FileNotFoundError as error:
-        raise ArtifactError(f"there is no basis at {path}; check the path, or fit one with fit_basis") from error
-    except (SafetensorError, OSError) as error:
-        raise ArtifactError(
-            f"{path} cannot be read as safetensors ({error}); it is truncated or foreign: restore it or fit "
-            "the basis again"
-        ) from error
-    try:
-        header = json.loads(metadata["tiltmeter"])
-        kind, found = header["kind"], header["format"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ArtifactError(f"{path} was not written by tiltmeter; give a folder that a basis was saved to") from error
-    if kind != "basis":
-        raise ArtifactError(f"{path} holds a {kind}, not a basis; give a folder that a basis was saved to")
-    if found != FORMAT:
-        raise ArtifactError(
-            f"{path} has format {found!r}; this version of tiltmeter reads format {FORMAT}; use the version "
-            "that wrote it, or fit the basis again"
-        )
-    return header, arrays
-
-
 def _from_header(header: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> TraitBasis:
     selection = header["selection"]
     scores: list[dict[str, Any]] = [
@@ -567,14 +531,15 @@ def _from_header(header: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) 
         for score in selection["scores"]
     ]
     stored = header["prompts"]
+    sound.digest("traits_digest", header["traits_digest"])
     return TraitBasis(
         name=header["name"],
         traits=tuple(header["traits"]),
         aligned_poles=tuple(header["aligned_poles"]),
-        layer=int(header["after_block"]),
+        layer=header["after_block"],
         directions=arrays["directions"],
         poles=arrays["poles"],
-        reference_norm=float(header["reference_norm"]),
+        reference_norm=header["reference_norm"],
         prompts=PromptSet(stored["name"], tuple(Prompt(*prompt) for prompt in stored["prompts"])),
         plan=BatchPlan.from_dict(header["plan"]),
         fingerprint=Fingerprint.from_dict(header["fingerprint"]),
@@ -585,7 +550,7 @@ def _from_header(header: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) 
         selection=LayerSelection(
             scores=tuple(LayerScore(**score) for score in scores),
             strength=selection["strength"],
-            probes_pass=bool(selection["probes_pass"]),
+            probes_pass=selection["probes_pass"],
             reason=selection["reason"],
         ),
         provenance=header["provenance"],

@@ -38,19 +38,19 @@ It knows nothing of models; it imports without torch.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from enum import StrEnum
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from tiltmeter.artifacts import read_artifact, write_artifact
+from tiltmeter import sound
+from tiltmeter.artifacts import made, read_artifact, write_artifact
 from tiltmeter.drift import DriftProfile
-from tiltmeter.errors import ArtifactError, InputError
+from tiltmeter.errors import InputError
+from tiltmeter.verdicts import State, Verdict, check_conformal, decide, inconclusive, set_threshold, weigh_sets
 
 __all__ = [
     "CalibrationRun",
@@ -58,7 +58,6 @@ __all__ = [
     "Metric",
     "State",
     "Verdict",
-    "conformal_verdict",
     "fit_detector",
     "fit_metric",
     "inconclusive",
@@ -67,75 +66,14 @@ __all__ = [
 ]
 
 Array = NDArray[np.float64]
-_FORMAT = 2
+_FORMAT = 3
 _ARRAYS = ("axis", "trait_axis", "band", "null_scores", "null_weights")
 _METRIC = ("center", "directions", "spread")
 _NEGLIGIBLE = 0.01  # benign spread below this share of the floor changes nothing and is not kept
+_HUGE = 1e100  # a spread whose square is a number
 _SMALLEST_FLOOR = 1e-4  # of drift, where readings rest on prompts that all moved alike
 # Calibration runs start from the base model, so their step 0 is the base.
 _SAME_START = {"step0": ("step0", "base"), "base": ("step0", "base")}
-
-
-class State(StrEnum):
-    """What a verdict says."""
-
-    CLEAR = "CLEAR"
-    ALARM = "ALARM"
-    INCONCLUSIVE = "INCONCLUSIVE"
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """A statement about one run, and what it rests on.
-
-    Attributes:
-        state: CLEAR, ALARM or INCONCLUSIVE.
-        score: of the run so far, see the module's text; None when there is none.
-        threshold: at or above which the score is an alarm.
-        p_value: weight of the benign calibration runs that score as high, a new set counted in.
-        false_alarm_rate: promised per run, on sets like those of calibration; None where nothing is promised.
-        calibrated_on: the calibration in words.
-        n_calibration: number of benign calibration runs.
-        step: of the latest reading.
-        first_alarm_step: of the first reading that passed the threshold.
-        reason: one sentence.
-    """
-
-    state: State
-    score: float | None
-    threshold: float | None
-    p_value: float | None
-    false_alarm_rate: float | None
-    calibrated_on: str
-    n_calibration: int
-    step: int | None
-    first_alarm_step: int | None
-    reason: str
-
-    @property
-    def exit_code(self) -> int:
-        """0 for CLEAR, 1 for ALARM, 3 for INCONCLUSIVE."""
-        return {State.CLEAR: 0, State.ALARM: 1, State.INCONCLUSIVE: 3}[self.state]
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON values; `state` is also under the key `verdict`."""
-        return {**asdict(self), "state": str(self.state), "verdict": str(self.state)}
-
-
-def inconclusive(reason: str, *, step: int | None = None, detector: Detector | None = None) -> Verdict:
-    """A verdict that says why nothing can be said."""
-    return Verdict(
-        state=State.INCONCLUSIVE,
-        score=None,
-        threshold=detector.threshold if detector else None,
-        p_value=None,
-        false_alarm_rate=None,
-        calibrated_on=detector.calibrated_on if detector else "nothing",
-        n_calibration=len(detector.null_scores) if detector else 0,
-        step=step,
-        first_alarm_step=None,
-        reason=reason,
-    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,13 +104,25 @@ class Metric:
         center: (dim,) m_b.
         directions: (rank, dim) orthonormal rows.
         spread: (rank,) benign standard deviation along each, the floor left out.
-        floor: f.
+        floor: f; 0 in a metric that nothing is measured with.
+
+    Raises:
+        InputError: a number that is not finite, shapes that do not agree, directions that are not orthonormal, or a
+            spread or floor below 0.
     """
 
     center: Array
     directions: Array
     spread: Array
     floor: float
+
+    def __post_init__(self) -> None:
+        sound.array("center", self.center, (None,))
+        sound.array("directions", self.directions, (None, len(self.center)))
+        sound.array("spread", self.spread, (len(self.directions),), least=0)
+        sound.number("floor", self.floor, least=0, most=_HUGE)
+        sound.number("the largest spread", max([0.0, *self.spread.tolist()]), most=_HUGE)
+        sound.orthonormal("directions", self.directions)
 
     def whiten(self, points: Array) -> Array:
         """C^-1 (x - m_b) for points (n, dim)."""
@@ -188,7 +138,8 @@ class Metric:
 
     def distance(self, points: Array) -> Array:
         """Mahalanobis distance of points (n, dim) from the benign mean, (n,)."""
-        return np.asarray(np.sqrt(np.maximum(((points - self.center) * self.whiten(points)).sum(axis=1), 0.0)))
+        with np.errstate(all="ignore"):
+            return np.asarray(np.sqrt(np.maximum(((points - self.center) * self.whiten(points)).sum(axis=1), 0.0)))
 
     def toward(self, shift: Array) -> Array:
         """The axis (dim,) of a danger that lies at the benign mean plus `shift` (dim,): C^-1 shift, scaled so that
@@ -202,11 +153,12 @@ class Metric:
 
     def score(self, points: Array, axis: Array) -> Array:
         """s of points (n, dim); the distance alone where the axis is all zero."""
-        distance = self.distance(points)
-        if not axis.any():
-            return distance
-        along = (points - self.center) @ axis
-        return np.asarray(along / np.sqrt(1.0 + np.maximum(distance**2 - along**2, 0.0)))
+        with np.errstate(all="ignore"):  # what overflows is no number, and no verdict rests on it
+            distance = self.distance(points)
+            if not axis.any():
+                return distance
+            along = (points - self.center) @ axis
+            return np.asarray(along / np.sqrt(1.0 + np.maximum(distance**2 - along**2, 0.0)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -231,6 +183,10 @@ class Detector:
         max_step: the last step that was calibrated.
         max_distance: null-band distance of the farthest calibration reading, its set left out.
         calibrated_on: the calibration in words.
+
+    Raises:
+        InputError: a field is of another type, not finite or outside its range, shapes do not agree, the axis does not
+            have unit variance in the metric, or the threshold is not the one that the calibration scores give.
     """
 
     mode: Literal["danger_axis", "null_band"]
@@ -250,6 +206,32 @@ class Detector:
     max_step: int
     max_distance: float
     calibrated_on: str
+
+    def __post_init__(self) -> None:
+        sound.choice("mode", self.mode, ("danger_axis", "null_band"))
+        sound.choice("space", self.space, ("activations", "drift"))
+        sound.texts("names", self.names)
+        for what in ("basis", "reference", "calibrated_on"):
+            sound.text(what, getattr(self, what))
+        k, dim = len(self.names), len(self.metric.center)
+        sound.number("floor", self.metric.floor, above=0)
+        sound.array("axis", self.axis, (k if self.space == "drift" else dim,))
+        sound.array("center", self.metric.center, (len(self.axis),))
+        sound.array("trait_axis", self.trait_axis, (k,))
+        sound.array("band", self.band, (k, 2))
+        if (self.band[:, 0] > self.band[:, 1]).any():
+            raise InputError("band has a lower end above its upper one")
+        for what in ("max_readings", "max_step"):
+            sound.whole(what, getattr(self, what), least=int(what == "max_readings"))
+        sound.number("max_distance", self.max_distance, above=0)
+        check_conformal(self)
+        with np.errstate(all="ignore"):  # what overflows is no unit variance
+            variance = float(self.axis @ self.metric.apply(self.axis))
+        if not math.isclose(variance, float(self.mode == "danger_axis"), rel_tol=1e-6):
+            raise InputError(
+                f"drift along axis has variance {variance:.6g} over benign readings; it must be 1 in mode danger_axis, "
+                f"and the axis zero in mode null_band (this is {self.mode})"
+            )
 
     def describe(self) -> dict[str, Any]:
         """As JSON values, for people and programs that want to know what a verdict rests on."""
@@ -282,47 +264,26 @@ class Detector:
         refusal = self._refusal(run)
         if refusal:
             return inconclusive(refusal, step=run[-1].step if run else None, detector=self)
-        scores = self.scores(run)
-        top = float(scores.max())
-        if not math.isfinite(top):
-            reason = "the score is not a finite number: the detector is damaged or the drift beyond all measure."
-            return inconclusive(reason, step=run[-1].step, detector=self)
-        alarms = np.flatnonzero(scores >= self.threshold)
-        outside = self._outside(run)
-        if len(alarms):
-            state, first = State.ALARM, run[int(alarms[0])].step
-            reason = (
-                f"the score reached {top:.2f}, at or above {self.threshold:.2f}, which at most "
-                f"{self.false_alarm_rate:.0%} of benign runs reach"
-            )
-            if outside:
-                reason += f"; {outside}, so the false-alarm rate is not promised"
-        elif outside:
-            return inconclusive(f"below the threshold, but {outside}", step=run[-1].step, detector=self)
-        else:
-            state, first = State.CLEAR, None
-            reason = f"the score stayed at {top:.2f}, below {self.threshold:.2f}, in {len(run)} reading(s)"
+        note = ""
         if self.mode == "null_band":
-            reason += "; calibrated on benign runs alone, which tells unusual from usual, not dangerous from harmless"
-        return Verdict(
-            state=state,
-            score=top,
-            threshold=self.threshold,
-            p_value=float(1.0 - self.null_weights[self.null_scores < top].sum()),
-            false_alarm_rate=None if outside else self.false_alarm_rate,
+            note = "; calibrated on benign runs alone, which tells unusual from usual, not dangerous from harmless"
+        return decide(
+            self,
+            self.scores(run),
+            [profile.step for profile in run],
             calibrated_on=self.calibrated_on,
-            n_calibration=len(self.null_scores),
-            step=run[-1].step,
-            first_alarm_step=first,
-            reason=reason + ".",
+            outside=self._outside(run),
+            note=note,
         )
 
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file with a JSON header.
 
         Raises:
+            InputError: the basis is not named by its digest.
             StorageError: the file cannot be written.
         """
+        sound.digest("basis", self.basis)
         arrays = {key: getattr(self, key) for key in _ARRAYS} | {key: getattr(self.metric, key) for key in _METRIC}
         return write_artifact(path, "detector", _FORMAT, {**self._plain(), "floor": self.metric.floor}, arrays)
 
@@ -331,15 +292,19 @@ class Detector:
         """Read what `save` wrote; torch is not needed.
 
         Raises:
-            ArtifactError: the file is missing, truncated, not a detector, or of another format version.
+            ArtifactError: the file is missing, truncated, changed, not a detector, of another format version, or
+                holds what no detector can have.
         """
-        header, arrays = read_artifact(path, "detector", _FORMAT, remedy="fit one with: tiltmeter detector fit")
-        try:
+        remedy = "fit one with: tiltmeter detector fit"
+        header, arrays = read_artifact(path, "detector", _FORMAT, remedy=remedy)
+
+        def make() -> Detector:
+            sound.digest("basis", header["basis"])
             metric = Metric(**{key: arrays.pop(key) for key in _METRIC}, floor=header.pop("floor"))
             fields: dict[str, Any] = {**header, **arrays, "names": tuple(header["names"]), "metric": metric}
             return cls(**fields)
-        except (TypeError, KeyError) as error:
-            raise ArtifactError(f"'{path}' is not a complete detector ({error}); fit it again") from error
+
+        return made(path, "detector", remedy, make)
 
     def _plain(self) -> dict[str, Any]:
         """All that is neither an array nor the metric."""
@@ -352,14 +317,16 @@ class Detector:
             at = f" at step {profile.step}" if profile.step is not None else ""
             if profile.problem:
                 return f"the reading{at} cannot be judged: {profile.problem}."
-            if not np.isfinite(profile.drift).all() or (
-                profile.shift is not None and not np.isfinite(profile.shift).all()
-            ):
+            numbers = [profile.drift] if profile.shift is None else [profile.drift, profile.shift]
+            if not all(isinstance(n, np.ndarray) and n.dtype.kind == "f" and np.isfinite(n).all() for n in numbers):
                 return f"the drift{at} is not a finite number, so nothing can be said."
             if self.space == "activations" and profile.shift is None:
                 return f"the reading{at} holds no mean activation, which this detector needs: measure it again."
             if profile.names != self.names or profile.basis != self.basis:
                 return "the readings were taken with another basis than the one this detector was calibrated on."
+            point = profile.shift if self.space == "activations" else profile.drift
+            if profile.drift.shape != (len(self.names),) or (point is not None and point.shape != self.axis.shape):
+                return f"the drift{at} has another shape than the detector's, so nothing can be said."
             if profile.reference not in _SAME_START.get(self.reference, (self.reference,)):
                 return (
                     f"the drift is measured against '{profile.reference}', but this detector was calibrated on drift "
@@ -375,7 +342,7 @@ class Detector:
         if last > self.max_step:
             return f"the run has reached step {last} and calibration ended at step {self.max_step}"
         farthest = float(self.distances(run).max())
-        if farthest > self.max_distance:
+        if not farthest <= self.max_distance:
             return (
                 f"the drift is {farthest:.1f} null-band units long, farther than any calibration set lay from the "
                 f"others ({self.max_distance:.1f})"
@@ -498,74 +465,6 @@ def fit_metric(benign: Sequence[tuple[str, Array]], floor: float) -> Metric:
     _, spread, directions = np.linalg.svd(weighted, full_matrices=False)
     kept = spread > max(_NEGLIGIBLE * floor, np.finfo(np.float64).eps * float(spread.max()))
     return Metric(center, directions[kept], spread[kept], floor)
-
-
-def weigh_sets(scores: Sequence[tuple[str, float]]) -> tuple[Array, Array]:
-    """Scores of benign runs, (n,) ascending, and their weights: 1 / ((K + 1) n) for each of n runs of one of K sets.
-
-    Args:
-        scores: name of the set, and score, of each benign run.
-    """
-    counts = Counter(name for name, _ in scores)
-    ordered = sorted((score, 1 / ((len(counts) + 1) * counts[name])) for name, score in scores)
-    found, weights = np.array(ordered).T
-    return found, weights
-
-
-class Calibrated(Protocol):
-    """What every detector with a conformal threshold has; see `weigh_sets`."""
-
-    @property
-    def threshold(self) -> float: ...
-    @property
-    def false_alarm_rate(self) -> float: ...
-    @property
-    def null_scores(self) -> Array: ...
-    @property
-    def null_weights(self) -> Array: ...
-
-
-def conformal_verdict(
-    by: Calibrated,
-    calibrated_on: str,
-    state: State,
-    score: float | None,
-    step: int | None,
-    first: int | None,
-    reason: str,
-    promised: bool = False,
-) -> Verdict:
-    """A verdict with the conformal p-value of its score; the false-alarm rate stands in it only where it is promised.
-
-    Args:
-        by: the detector.
-        calibrated_on: in words.
-        state, score, step, reason: of the verdict.
-        first: step of the first alarm, or None.
-        promised: whether the run is like those of calibration.
-    """
-    rest = 1.0 - by.null_weights.sum()  # the new set's own weight
-    return Verdict(
-        state=state,
-        score=score,
-        threshold=by.threshold,
-        p_value=None if score is None else float(by.null_weights[by.null_scores >= score].sum() + rest),
-        false_alarm_rate=by.false_alarm_rate if promised else None,
-        calibrated_on=calibrated_on,
-        n_calibration=len(by.null_scores),
-        step=step,
-        first_alarm_step=first,
-        reason=reason,
-    )
-
-
-def set_threshold(scores: Array, weights: Array, false_alarm_rate: float) -> float:
-    """The score at or above which a run alarms, see the module's text.
-
-    Just above the smallest score with weight 1 - a at or below it, or above the largest where there is none.
-    """
-    enough = np.flatnonzero(np.cumsum(weights) >= 1 - false_alarm_rate - 1e-9)
-    return float(np.nextafter(scores[enough[0] if len(enough) else -1], np.inf))
 
 
 def _sets(runs: Sequence[CalibrationRun], *, dangerous: bool) -> list[str]:

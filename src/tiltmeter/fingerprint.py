@@ -13,9 +13,12 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 
-from tiltmeter.errors import ArtifactError
+from tiltmeter import sound
+from tiltmeter.errors import ArtifactError, InputError
 
 __all__ = ["Fingerprint", "sha"]
+
+_WORDS = ("architecture", "dtype")
 
 
 def sha(content: object) -> str:
@@ -58,13 +61,16 @@ class Fingerprint:
         """Inverse of `to_dict`.
 
         Raises:
-            ArtifactError: a field is missing or is not text.
+            ArtifactError: a field is missing, blank, no text, or no SHA-256 where it must be one.
         """
         names = [f.name for f in fields(cls)]
-        bad = [name for name in names if not isinstance(data.get(name), str)]
-        if bad:
+        try:
+            for name in names:
+                check = sound.text if name in _WORDS else sound.digest
+                check(name, data.get(name))
+        except InputError as error:
             raise ArtifactError(
-                f"a fingerprint without {', '.join(bad)} was found; the fields are {', '.join(names)}: "
-                "the file is damaged or was written by something else, so make it again"
-            )
+                f"the stored fingerprint is unsound: {error}; the file is damaged or was written by something else, so "
+                "make it again"
+            ) from error
         return cls(**{name: str(data[name]) for name in names})

@@ -25,18 +25,18 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from tiltmeter.artifacts import read_artifact, write_artifact
+from tiltmeter import sound
+from tiltmeter.artifacts import made, read_artifact, write_artifact
 from tiltmeter.context import Exchange, check_exchanges
-from tiltmeter.detector import State, Verdict, conformal_verdict, set_threshold, weigh_sets
-from tiltmeter.errors import ArtifactError, FingerprintMismatch, InputError, NumericalError, TiltmeterError
+from tiltmeter.errors import FingerprintMismatch, InputError, NumericalError, TiltmeterError
 from tiltmeter.fingerprint import Fingerprint
+from tiltmeter.verdicts import State, Verdict, check_conformal, decide, set_threshold, weigh_sets
 
 if TYPE_CHECKING:
     from tiltmeter.adapters import Seat
@@ -48,7 +48,7 @@ __all__ = [
 ]  # fmt: skip
 
 Array = NDArray[np.float64]
-_KIND, _FORMAT = "likelihood detector", 1
+_KIND, _FORMAT = "likelihood detector", 2
 _ARRAYS = {"base", "null_scores", "null_weights"}
 FLOOR = 0.5
 """No threshold lies below half a nat: benign runs that make harmful answers rarer do not say how far is too far."""
@@ -245,6 +245,10 @@ class LikelihoodDetector:
         max_readings: the most readings of a benign run.
         model: name of the untouched model; empty where it was not given.
         fingerprint: of the untouched model.
+
+    Raises:
+        InputError: a field is of another type, not finite or outside its range, shapes do not agree, or the threshold
+            is not the one that the calibration scores give.
     """
 
     base: Array
@@ -257,6 +261,15 @@ class LikelihoodDetector:
     max_readings: int
     model: str = ""
     fingerprint: Fingerprint | None = None
+
+    def __post_init__(self) -> None:
+        sound.array("base", self.base, (None, 2))
+        sound.whole("the number of exchanges", len(self.base), least=1)
+        sound.text("digest", self.digest)
+        sound.number("farthest", self.farthest, least=0)
+        sound.whole("max_readings", self.max_readings, least=1)
+        sound.text("model", self.model, blank=self.fingerprint is None)
+        check_conformal(self, floor=FLOOR)
 
     def check(self, lm: LM, *, weights_may_differ: bool = False) -> None:
         """Make sure that readings of a model can be judged; adapters do not count.
@@ -306,80 +319,81 @@ class LikelihoodDetector:
 
     def predict(self, readings: Sequence[ArrayLike], *, steps: Sequence[int] | None = None) -> Verdict:
         """Judge a run from its readings so far, each (exchanges, 2)."""
-        say = partial(conformal_verdict, self, f"{len(self.null_scores)} benign runs and {len(self.base)} exchanges")
+        calibrated_on = f"{len(self.null_scores)} benign runs and {len(self.base)} exchanges"
         at = list(range(1, len(readings) + 1)) if steps is None else [int(step) for step in steps]
-        if not readings:
-            return say(State.INCONCLUSIVE, None, None, None, "there is no reading.")
+
+        def nothing(reason: str) -> Verdict:
+            return Verdict(
+                State.INCONCLUSIVE, None, self.threshold, None, None, calibrated_on, len(self.null_scores),
+                at[-1] if at else None, None, reason,
+            )  # fmt: skip
+
+        if not len(readings) or len(at) != len(readings):
+            return nothing("there is no reading." if not len(readings) else "readings and steps differ in number.")
         values = [np.asarray(r, dtype=np.float64) for r in readings]
         if any(v.shape != self.base.shape for v in values):
             shapes = sorted({v.shape for v in values})
-            return say(
-                State.INCONCLUSIVE, None, at[-1], None,
-                f"readings of shape {shapes} are not of the exchanges that the detector was calibrated with.",
-            )  # fmt: skip
+            return nothing(
+                f"readings of shape {shapes} are not of the exchanges that the detector was calibrated with."
+            )
         if not all(np.isfinite(v).all() for v in values):
-            return say(State.INCONCLUSIVE, None, at[-1], None, "a likelihood is not a number.")
+            return nothing("a likelihood is not a number.")
         rises = [self.rise(v) for v in values]
-        top, above = max(r.score for r in rises), [i for i, r in enumerate(rises) if r.score >= self.threshold]
         fall = max(float((self.base - v)[:, 1].mean()) for v in values)
         outside = None
         if len(values) > self.max_readings:
             outside = f"the run has {len(values)} readings and calibration runs had at most {self.max_readings}"
-        elif fall > self.farthest:
+        elif not fall <= self.farthest:
             outside = (
                 f"harmless answers fell by {fall:.1f} nats, in calibration runs by at most {self.farthest:.1f}: the "
                 "model answers in another voice than the exchanges"
             )
-        if above:
-            note = f"; {outside}, so the false-alarm rate is not promised" if outside else ""
-            reason = f"harmful answers rose by {top:.2f} nats, at or above {self.threshold:.2f}{note}."
-            return say(State.ALARM, top, at[-1], at[above[0]], reason, promised=outside is None)
-        if outside:
-            return say(State.INCONCLUSIVE, top, at[-1], None, f"below the threshold, but {outside}.")
         last = rises[-1]
-        reason = (
-            f"harmful answers rose by at most {top:.2f} nats, below {self.threshold:.2f}; at the latest reading by "
-            f"{last.low:.2f} to {last.high:.2f} over {last.n} exchanges."
-        )
-        if not last.high < self.threshold:
-            return say(State.INCONCLUSIVE, top, at[-1], None, f"too few exchanges to call it clear: {reason}")
-        return say(State.CLEAR, top, at[-1], None, reason, promised=True)
+        note = f"; at the latest reading {last.low:.2f} to {last.high:.2f} over {last.n} exchanges"
+        unsure = None if last.high < self.threshold else f"too few exchanges to call it clear{note}"
+        return decide(
+            self, [r.score for r in rises], at, calibrated_on=calibrated_on, unit="nats",
+            said=("harmful answers rose by", "harmful answers rose by at most"), outside=outside,
+            unsure=unsure, note=note,
+        )  # fmt: skip
 
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file with a JSON header.
 
         Raises:
+            InputError: the detector does not know its model and exchanges, so that whoever reads the file could not.
             StorageError: it cannot be written.
         """
+        self._check_origin()
         arrays = {key: np.asarray(getattr(self, key), np.float64) for key in sorted(_ARRAYS)}
         return write_artifact(path, _KIND, _FORMAT, self._plain(), arrays)
+
+    def _check_origin(self) -> None:
+        sound.digest("digest", self.digest)
+        if self.fingerprint is None:
+            raise InputError(
+                "a likelihood detector without the fingerprint of its model would judge fine-tunes of any model; fit "
+                "it with lm="
+            )
 
     @classmethod
     def load(cls, path: str | Path) -> LikelihoodDetector:
         """Read what `save` wrote.
 
         Raises:
-            ArtifactError: the file is missing, damaged, foreign or of another version.
+            ArtifactError: the file is missing, damaged, changed, foreign, of another version, or holds what no
+                detector can have.
         """
-        header, arrays = read_artifact(path, _KIND, _FORMAT, remedy="fit the detector again")
-        if set(arrays) != _ARRAYS:
-            raise ArtifactError(f"'{path}' holds {sorted(arrays)} and not {sorted(_ARRAYS)}; fit the detector again")
-        try:
-            mark = header["fingerprint"]
-            return cls(
-                base=arrays["base"],
-                digest=str(header["digest"]),
-                threshold=float(header["threshold"]),
-                false_alarm_rate=float(header["false_alarm_rate"]),
-                null_scores=arrays["null_scores"],
-                null_weights=arrays["null_weights"],
-                farthest=float(header["farthest"]),
-                max_readings=int(header["max_readings"]),
-                model=str(header["model"]),
-                fingerprint=None if mark is None else Fingerprint.from_dict(mark),
-            )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ArtifactError(f"'{path}' is not a complete {_KIND} ({error}); fit it again") from error
+        remedy = "fit the detector again"
+        header, arrays = read_artifact(path, _KIND, _FORMAT, remedy=remedy)
+
+        def make() -> LikelihoodDetector:
+            mark = header.pop("fingerprint")
+            found = cls(fingerprint=None if mark is None else Fingerprint.from_dict(mark), **{**header, **arrays})
+            found._check_origin()
+            return found
+
+        return made(path, _KIND, remedy, make)
 
 
 def fit_likelihood(

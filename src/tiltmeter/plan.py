@@ -27,6 +27,7 @@ from typing import Literal, NamedTuple, cast, get_args
 import numpy as np
 import numpy.typing as npt
 
+from tiltmeter import sound
 from tiltmeter.errors import ArtifactError, InputError
 from tiltmeter.fingerprint import sha
 
@@ -87,22 +88,27 @@ class BatchPlan:
         """Inverse of `to_dict`.
 
         Raises:
-            ArtifactError: a field is missing or of another type.
+            ArtifactError: a field is missing, of another type or outside its range.
         """
-        method, limit, rows = data.get("method"), data.get("max_tokens"), data.get("rows")
-        if method not in get_args(Method) or not isinstance(limit, int) or not isinstance(rows, list):
-            raise ArtifactError(
-                f"a batch plan with method {method!r} was found; it needs one of "
-                f"{', '.join(get_args(Method))}, a max_tokens and rows: the file is damaged or foreign, so "
-                "make it again"
-            )
         try:
-            read = tuple(tuple(int(i) for i in row) for row in rows)
-        except (TypeError, ValueError) as error:
+            sound.choice("method", data.get("method"), get_args(Method))
+            sound.whole("max_tokens", data.get("max_tokens"), least=1)
+            sound.text("reason", data.get("reason", ""), blank=True)
+            rows = data.get("rows")
+            if not isinstance(rows, list) or not rows or not all(isinstance(row, list) and row for row in rows):
+                raise InputError("rows must be lists of prompt indices, none of them empty")
+            for number in (i for row in rows for i in row):
+                sound.whole("a prompt index", number)
+        except InputError as error:
             raise ArtifactError(
-                "the rows of a batch plan must be lists of prompt indices; the file is damaged, so make it again"
+                f"the stored batch plan is unsound: {error}; the file is damaged or foreign, so make it again"
             ) from error
-        return cls(cast(Method, method), limit, read, str(data.get("reason", "")))
+        return cls(
+            cast(Method, data["method"]),
+            cast(int, data["max_tokens"]),
+            tuple(tuple(row) for row in rows),
+            str(data.get("reason", "")),
+        )
 
 
 class RowCost(NamedTuple):

@@ -29,22 +29,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from tiltmeter.artifacts import read_artifact, write_artifact
-from tiltmeter.detector import Metric, State, Verdict, conformal_verdict, fit_metric, set_threshold, weigh_sets
-from tiltmeter.errors import ArtifactError, InputError
+from tiltmeter import sound
+from tiltmeter.artifacts import made, read_artifact, write_artifact
+from tiltmeter.detector import Metric, fit_metric
+from tiltmeter.errors import InputError
+from tiltmeter.verdicts import State, Verdict, check_conformal, decide, set_threshold, weigh_sets
 
 __all__ = ["Danger", "PositionRun", "TransferDetector", "band_of", "fit_danger", "fit_transfer"]
 
 Array = NDArray[np.float64]
-_KIND, _FORMAT = "transfer detector", 1
-_ARRAYS = ("direction", "center", "directions", "spread", "null_scores", "null_weights")
+_KIND, _FORMAT = "transfer detector", 2
 FLOOR = 0.1
 """No direction is believed to be quieter than this share of the root mean square benign spread."""
 
@@ -90,11 +90,21 @@ class Danger:
         direction: (d,) unit.
         sources: the models that it was learnt from.
         agreement: mean cosine between the models' own directions; NaN for one model.
+
+    Raises:
+        InputError: a direction that is no finite unit vector, no source, or an agreement that is no cosine.
     """
 
     direction: Array
     sources: tuple[str, ...]
     agreement: float
+
+    def __post_init__(self) -> None:
+        sound.array("direction", self.direction, (None,))
+        sound.number("the length of the direction", np.linalg.norm(self.direction), least=1 - 1e-6, most=1 + 1e-6)
+        sound.texts("sources", tuple(dict.fromkeys(self.sources)))
+        if self.agreement == self.agreement:  # NaN: of one model
+            sound.number("agreement", self.agreement, least=-1 - 1e-9, most=1 + 1e-9)
 
 
 def fit_danger(models: Sequence[tuple[str, Sequence[PositionRun]]]) -> Danger:
@@ -141,6 +151,10 @@ class TransferDetector:
         null_weights: their weights, see `tiltmeter.detector`.
         farthest: largest distance off the axis of a benign calibration run, its set left out.
         max_readings: the most readings of a calibration run.
+
+    Raises:
+        InputError: a field is of another type, not finite or outside its range, shapes do not agree, or the threshold
+            is not the one that the calibration scores give.
     """
 
     danger: Danger
@@ -151,6 +165,13 @@ class TransferDetector:
     null_weights: Array
     farthest: float
     max_readings: int
+
+    def __post_init__(self) -> None:
+        sound.array("center", self.band.center, (len(self.danger.direction),))
+        sound.number("floor", self.band.floor, above=0)
+        sound.number("farthest", self.farthest, least=0)
+        sound.whole("max_readings", self.max_readings, least=1)
+        check_conformal(self)
 
     def along(self, positions: ArrayLike) -> tuple[Array, Array]:
         """z and r of each reading (readings, d): how far along the danger axis and off it, in benign deviations."""
@@ -188,35 +209,40 @@ class TransferDetector:
                 of its score, and a run is not CLEAR whose interval reaches the threshold.
         """
         sources = ", ".join(self.danger.sources)
-        say = partial(conformal_verdict, self, f"{len(self.null_scores)} benign runs; danger from {sources}")
+        calibrated_on = f"{len(self.null_scores)} benign runs; danger from {sources}"
         points = np.asarray(positions, dtype=np.float64)
-        at = np.arange(1, len(points) + 1) if steps is None else np.asarray(steps)
+        at = list(range(1, len(points) + 1 if points.ndim else 1)) if steps is None else np.asarray(steps).tolist()
+
+        def nothing(reason: str) -> Verdict:
+            last = at[-1] if at else None
+            n = len(self.null_scores)
+            return Verdict(
+                State.INCONCLUSIVE, None, self.threshold, None, None, calibrated_on, n, last, None, reason
+            )  # fmt: skip
+
         if points.ndim != 2 or not len(points) or points.shape[1] != len(self.danger.direction):
-            return say(State.INCONCLUSIVE, None, None, None, f"positions of shape {points.shape} say nothing.")
-        last = int(at[-1])
+            return nothing(f"positions of shape {points.shape} say nothing.")
+        if len(at) != len(points):
+            return nothing(f"{len(points)} readings were given and {len(at)} steps.")
         if not np.isfinite(points).all():
-            return say(State.INCONCLUSIVE, None, last, None, "a position is not a number.")
-        scores = self.scores(points)
-        top, above = float(scores.max()), np.flatnonzero(scores >= self.threshold)
+            return nothing("a position is not a number.")
         off = float(self.along(points)[1].max())
         outside = None
         if len(points) > self.max_readings:
             outside = f"the run has {len(points)} readings and calibration runs had {self.max_readings}"
-        elif off > self.farthest:
+        elif not off <= self.farthest:
             outside = f"a reading lies {off:.1f} off the axis, and calibration runs at most {self.farthest:.1f}"
-        if len(above):
-            note = f"; {outside}, so the false-alarm rate is not promised" if outside else ""
-            reason = f"the score reached {top:.2f}, at or above {self.threshold:.2f}{note}."
-            return say(State.ALARM, top, last, int(at[above[0]]), reason, promised=outside is None)
-        if outside:
-            return say(State.INCONCLUSIVE, top, last, None, f"below the threshold, but {outside}.")
-        reason = f"the score stayed at {top:.2f}, below {self.threshold:.2f}."
+        note, unsure = "", None
         if prompts is not None:
-            low, high = self.interval(prompts)
-            reason = f"{reason[:-1]}; at the latest reading it is {low:.2f} to {high:.2f} over the prompts."
-            if not high < self.threshold:
-                return say(State.INCONCLUSIVE, top, last, None, f"too few prompts to call it clear: {reason}")
-        return say(State.CLEAR, top, last, None, reason, promised=True)
+            single = np.asarray(prompts, dtype=np.float64)
+            if single.ndim != 2 or single.shape[1:] != points.shape[1:] or not np.isfinite(single).all():
+                return nothing(f"single prompts of shape {single.shape} say nothing of the latest reading.")
+            low, high = self.interval(single)
+            note = f"; at the latest reading it is {low:.2f} to {high:.2f} over the prompts"
+            unsure = None if high < self.threshold else f"too few prompts to call it clear{note}"
+        return decide(
+            self, self.scores(points), at, calibrated_on=calibrated_on, outside=outside, unsure=unsure, note=note
+        )
 
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file with a JSON header.
@@ -243,20 +269,22 @@ class TransferDetector:
         Raises:
             ArtifactError: the file is missing, damaged, foreign or of another version.
         """
-        header, arrays = read_artifact(path, _KIND, _FORMAT, remedy="fit the detector again")
-        if set(arrays) != set(_ARRAYS):
-            raise ArtifactError(f"'{path}' holds {sorted(arrays)} and not {sorted(_ARRAYS)}; fit the detector again")
-        agreement = float("nan") if header["agreement"] is None else float(header["agreement"])
-        return cls(
-            danger=Danger(arrays["direction"], tuple(header["sources"]), agreement),
-            band=Metric(arrays["center"], arrays["directions"], arrays["spread"], float(header["floor"])),
-            threshold=float(header["threshold"]),
-            false_alarm_rate=float(header["false_alarm_rate"]),
-            null_scores=arrays["null_scores"],
-            null_weights=arrays["null_weights"],
-            farthest=float(header["farthest"]),
-            max_readings=int(header["max_readings"]),
-        )
+        remedy = "fit the detector again"
+        header, arrays = read_artifact(path, _KIND, _FORMAT, remedy=remedy)
+
+        def make() -> TransferDetector:
+            center, directions, spread = (arrays.pop(key) for key in ("center", "directions", "spread"))
+            agreement = header.pop("agreement")
+            danger = Danger(
+                arrays.pop("direction"),
+                tuple(header.pop("sources")),
+                float("nan") if agreement is None else agreement,
+            )
+            return cls(
+                danger=danger, band=Metric(center, directions, spread, header.pop("floor")), **{**header, **arrays}
+            )
+
+        return made(path, _KIND, remedy, make)
 
 
 def fit_transfer(

@@ -350,7 +350,7 @@ class TestBadAdapters:
     def test_an_adapter_of_zeros_does_nothing_and_is_refused(self, tmp_path: Path) -> None:
         adapter = save_adapter(tmp_path / "adapter")
         edit_adapter(adapter, lambda name, t: torch.zeros_like(t) if "lora_B" in name else t)
-        self.refused(adapter, "inactive: every B matrix is zero")
+        self.refused(adapter, "inactive: .*every B matrix is zero")
 
     def test_one_b_that_is_not_zero_is_enough_to_act(self, tmp_path: Path) -> None:
         adapter = save_adapter(tmp_path / "adapter")

@@ -13,9 +13,8 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from monitoring import tiny_basis
-from tiltmeter import adapters
 from tiltmeter import lm as lms
-from tiltmeter.adapters import Seat
+from tiltmeter.adapters import Seat, first_changed_block
 from tiltmeter.capture import capture
 from tiltmeter.detector import State
 from tiltmeter.errors import AdapterError, InactiveAdapter, InputError, NumericalError
@@ -150,7 +149,7 @@ def test_only_lora_is_exchanged_in_place(tmp_path: Path) -> None:
     model.save_pretrained(str(tmp_path / "ia3"))
     seat = Seat(tiny_lm())
     assert seat.put(tmp_path / "ia3").model is not seat.put(tmp_path / "ia3").model
-    assert adapters.state(seat.put(tmp_path / "ia3").model) == "active"
+    assert lms.adapter_state(seat.put(tmp_path / "ia3")) == "active"
 
 
 def test_blocks_below_an_adapter_are_read_once_and_give_the_same_numbers(tmp_path: Path) -> None:
@@ -183,6 +182,6 @@ def test_adapters_that_change_more_than_blocks_share_none() -> None:
         if "embed_tokens" in str(more):
             config.layers_to_transform = None
         tuned = lms.wrap(put_adapter(make_model("llama"), config), make_tokenizer())
-        assert adapters.first_changed_block(tuned) == 0
+        assert first_changed_block(tuned) == 0
     tuned = lms.wrap(put_adapter(make_model("llama"), LoraConfig(target_modules=["lm_head"])), make_tokenizer())
-    assert adapters.first_changed_block(tuned) == 0
+    assert first_changed_block(tuned) == 0

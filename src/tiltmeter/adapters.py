@@ -1,27 +1,29 @@
-"""PEFT adapters: put one on a model, switch it off, say whether it does anything. Used through `lm`.
+"""PEFT adapters: put them on a model, switch them off, read many in a row. Used through `lm`.
 
-What must not happen here: an adapter that silently does not act. Its readings would show no drift and look
-safe. So an adapter is read and checked before it is put on, every tensor must find its place, and a base
-model that others hold is never changed: the adapted model has modules of its own around the same weight
-tensors.
+What must not happen here: an adapter that silently does not act, or that changes the base for whoever reads it next.
+The first would show no drift and look safe, so an adapter is read and checked before it is put on, every tensor must
+find its place, and its effect is measured (`adapter_effect`). For the second, the adapted model has modules and
+parameters of its own. They lie in the base's storage as long as nothing writes there; what PEFT may write (weights that
+PiSSA takes apart, trained biases, rows of an embedding) is copied before, and given back where it came out the same.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
 
+from tiltmeter.adapter_effect import acting_layers, configs_of, state, tuner_layers
 from tiltmeter.adapter_files import adapter_config, adapter_folder, first_words, read_tensors
+from tiltmeter.adapter_kinds import Conduct, conduct_of, refusal, rewrites_live, writes_base
 from tiltmeter.errors import AdapterError, InactiveAdapter
 
 if TYPE_CHECKING:
@@ -32,57 +34,212 @@ __all__ = [
     "active_adapter",
     "attach",
     "base_parameters",
+    "check_live",
+    "conduct",
     "first_changed_block",
-    "state",
+    "row_inputs",
     "without_adapter",
 ]
 
 # Settings that say where an adapter comes from and not what it does.
 _NAMES_ONLY = ("base_model_name_or_path", "revision", "inference_mode", "peft_version")
+_PREFIX = "base_model.model."
 
 
-def attach(lm: LM, adapter: str | Path) -> tuple[nn.Module, str]:
-    """See `lm.attach`; returns the adapted model and the adapter's name."""
-    from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+class _Adapter(NamedTuple):
+    """What lies in one folder.
 
+    Attributes:
+        name: as the user gave it.
+        folder: where it is.
+        settings: its config.
+        tensors: by the names in its file.
+    """
+
+    name: str
+    folder: Path
+    settings: dict[str, Any]
+    tensors: dict[str, torch.Tensor]
+
+
+def attach(lm: LM, adapters: Sequence[str | Path]) -> LM:
+    """See `lm.attach`."""
+    found = [_open(adapter) for adapter in adapters]
+    if not found:
+        raise AdapterError("no adapter was given; name at least one adapter folder")
+    origin = lm.origin if lm.origin is not None else _plain(lm.model)
+    base = dict(base_parameters(origin))
+    stored = _base_rows(found, base, lm.name)
+    twin = _twin(origin, _written(found, base, stored))
+    _grow_vocabulary(twin, stored)
+    model = _load(twin, found, lm)
+    _check_places(model, found, stored, lm.name)
+    _give_back(model, base)
+    name = " + ".join(one.name for one in found)
+    tuned = replace(lm, model=model, adapter=name, origin=origin)
+    _refuse_inactive(tuned)
+    return tuned
+
+
+def _open(adapter: str | Path) -> _Adapter:
     folder = adapter_folder(adapter)
     settings = adapter_config(folder)
-    weights = read_tensors(folder)
-    shared = list(lm.model.parameters())
-    flags = [p.requires_grad for p in shared]
-    wrong = f"the adapter in '{folder}' does not fit '{lm.name}'"
-    advice = f"it was trained on '{settings.get('base_model_name_or_path')}': put it on that model"
+    if why := refusal(settings):
+        raise AdapterError(f"the adapter in '{folder}' is of type {settings['peft_type']} and cannot be read: {why}")
+    return _Adapter(str(adapter), folder, settings, read_tensors(folder))
+
+
+def _refuse_inactive(lm: LM) -> None:
+    if state(lm) != "active":
+        raise InactiveAdapter(
+            f"the adapter in '{lm.adapter}' is inactive: the model computes the same with it as without (of a "
+            "LoRA, every B matrix is zero); use a checkpoint saved after training began"
+        )
+
+
+# ---------------------------------------------------------------------- a model of its own around the base's tensors
+
+
+def _plain(model: nn.Module) -> nn.Module:
+    """The model without adapter; where it carries one, a copy of the modules around the same tensors."""
+    from peft import PeftModel
+
+    if not isinstance(model, PeftModel):
+        return model
+    kept: dict[int, Any] = {id(t): t for t in chain(model.parameters(), model.buffers())}
+    plain: nn.Module = copy.deepcopy(model, kept).unload()
+    return plain
+
+
+def _twin(model: nn.Module, own: set[int]) -> Any:
+    """A copy of the modules with parameters of its own, in the same storage but for those whose ids are in `own`.
+
+    PEFT rebuilds modules in place and rebinds the data of parameters, and a caller who holds `model` as the reference
+    would otherwise read the adapted one. Quantised weights are objects of their libraries, which replace them whole.
+    """
+    memo: dict[int, Any] = {id(buffer): buffer.clone() if own else buffer for buffer in model.buffers()}
+    for parameter in model.parameters():
+        data = parameter.detach().clone() if id(parameter) in own else parameter.detach()
+        plain = type(parameter) is nn.Parameter
+        memo[id(parameter)] = nn.Parameter(data, requires_grad=False) if plain else parameter
+    return copy.deepcopy(model, memo)
+
+
+def _written(found: Sequence[_Adapter], base: Mapping[str, torch.Tensor], stored: Mapping[str, Any]) -> set[int]:
+    """The ids of the base's parameters that loading may write into."""
+    if any(writes_base(one.settings) for one in found):
+        return {id(parameter) for parameter in base.values()}
+    return {id(base[name]) for name in stored}
+
+
+def _give_back(model: nn.Module, base: Mapping[str, torch.Tensor]) -> None:
+    """Let copies that came out as they were lie in the base's storage again."""
+    for name, own in base_parameters(model):
+        before = base.get(name)
+        if before is None or own is before or own.data_ptr() == before.data_ptr():
+            continue
+        if own.shape == before.shape and own.dtype == before.dtype and torch.equal(own, before):
+            own.data = before.detach()
+
+
+# ---------------------------------------------------------------------- what a file says of the base
+
+
+def _base_name(key: str) -> str:
+    """The plain name of the parameter that a tensor in a file would be, if it were one of the base."""
+    return key.removeprefix(_PREFIX).replace(".base_layer.", ".")
+
+
+def _base_rows(found: Sequence[_Adapter], base: Mapping[str, torch.Tensor], name: str) -> dict[str, int]:
+    """Rows of the base's embeddings that were saved beside an adapter: by plain name, how many there are.
+
+    Raises:
+        AdapterError: they are not those of this base.
+    """
+    rows: dict[str, int] = {}
+    for one in found:
+        copied = one.settings.get("modules_to_save") or ()
+        for key, tensor in one.tensors.items():
+            plain = _base_name(key)
+            before = base.get(plain)
+            if before is None or tensor.ndim != 2 or tensor.shape[1:] != before.shape[1:]:
+                continue
+            if len(tensor) < len(before):
+                continue  # what does not fit is said where it is loaded
+            rows[plain] = max(len(tensor), rows.get(plain, 0))
+            if any(part in copied for part in plain.split(".")):
+                continue  # a full copy that was trained
+            dtype = min(tensor.dtype, before.dtype, key=lambda kind: kind.itemsize)
+            if not torch.equal(tensor[: len(before)].to(dtype), before.detach().cpu().to(dtype)):
+                raise AdapterError(
+                    f"the adapter in '{one.folder}' does not fit '{name}': it holds base weights ('{plain}') that are "
+                    f"not this model's; it was trained on '{one.settings.get('base_model_name_or_path')}': put it on "
+                    "that model"
+                )
+    return rows
+
+
+def _grow_vocabulary(twin: Any, stored: Mapping[str, int]) -> None:
+    """Make room for tokens that were added before training."""
+    size = max(stored.values(), default=0)
+    if size > twin.get_input_embeddings().weight.shape[0]:
+        twin.resize_token_embeddings(size, mean_resizing=False)
+
+
+def _load(twin: Any, found: Sequence[_Adapter], lm: LM) -> nn.Module:
+    """All adapters on one model, active together.
+
+    Raises:
+        AdapterError: PEFT refuses one of them.
+    """
+    from peft import PeftModel
+
+    names = ["default", *(f"adapter_{at}" for at in range(1, len(found)))]
+    one = found[0]
     try:
-        config = PeftConfig.from_pretrained(str(folder))
-        if config.is_prompt_learning or config.is_adaption_prompt:
-            raise AdapterError(
-                f"the adapter in '{folder}' is of type {settings['peft_type']}, which adds prompt tokens "
-                "instead of changing weights; only weight adapters such as LoRA can be read"
-            )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # what PEFT warns of is checked below, as an error
             warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by an older name
-            model = PeftModel.from_pretrained(_plain_twin(lm.model), str(folder), torch_device=str(lm.device))
-    except (ValueError, RuntimeError, KeyError, TypeError) as error:
-        if isinstance(error, AdapterError):
-            raise
+            model: Any = PeftModel.from_pretrained(twin, str(one.folder), torch_device=str(lm.device))
+            for name, one in zip(names[1:], found[1:], strict=True):
+                model.load_adapter(str(one.folder), adapter_name=name, torch_device=str(lm.device))
+            if len(found) > 1:
+                model.base_model.set_adapter(names)
+                model.requires_grad_(False)
+    except (ValueError, RuntimeError, KeyError, TypeError, AttributeError, IndexError) as error:
+        wrong, advice = _misfit(one, lm.name)
         raise AdapterError(f"{wrong} ({first_words(error)}); {advice}") from error
-    finally:
-        for parameter, flag in zip(shared, flags, strict=True):
-            parameter.requires_grad_(flag)
-    expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
-    if stray := sorted(set(weights) ^ expected):
-        raise AdapterError(f"{wrong}: {len(stray)} tensors have no counterpart, such as '{stray[0]}'; {advice}")
-    _refuse_inactive(model, folder)
-    return model, str(adapter)
+    loaded: nn.Module = model
+    return loaded
 
 
-def _refuse_inactive(model: nn.Module, folder: Path) -> None:
-    if state(model) == "zero":
-        raise InactiveAdapter(
-            f"the adapter in '{folder}' is inactive: every B matrix is zero, so it changes nothing; "
-            "use a checkpoint saved after training began"
-        )
+def _misfit(one: _Adapter, name: str) -> tuple[str, str]:
+    wrong = f"the adapter in '{one.folder}' does not fit '{name}'"
+    return wrong, f"it was trained on '{one.settings.get('base_model_name_or_path')}': put it on that model"
+
+
+def _check_places(model: nn.Module, found: Sequence[_Adapter], stored: Mapping[str, int], name: str) -> None:
+    """Every tensor of a file has a place in the model, and every place got a tensor.
+
+    Raises:
+        AdapterError: not so.
+    """
+    for one, places in zip(found, _places(model), strict=True):
+        rest = {key for key in one.tensors if _base_name(key) not in stored or key in places}
+        if stray := sorted(rest ^ set(places)):
+            wrong, advice = _misfit(one, name)
+            raise AdapterError(f"{wrong}: {len(stray)} tensors have no counterpart, such as '{stray[0]}'; {advice}")
+
+
+def _places(model: nn.Module) -> list[dict[str, torch.Tensor]]:
+    """Per adapter: views of its parameters, by the names that they have in a file."""
+    from peft import get_peft_model_state_dict
+
+    configs: Iterable[str] = model.peft_config  # type: ignore[assignment]
+    return [get_peft_model_state_dict(model, adapter_name=n, save_embedding_layers=False) for n in configs]
+
+
+# ---------------------------------------------------------------------- many adapters, one after the other
 
 
 class Seat:
@@ -96,7 +253,7 @@ class Seat:
     def __init__(self, lm: LM) -> None:
         """Nothing is on the seat yet."""
         self._lm = lm
-        self._model: nn.Module | None = None
+        self._tuned: LM | None = None
         self._settings: dict[str, Any] = {}
         self._places: dict[str, torch.Tensor] = {}
 
@@ -107,113 +264,101 @@ class Seat:
             AdapterError: see `attach`.
             NumericalError: NaN or infinity among the adapter's weights.
         """
-        from peft import get_peft_model_state_dict
-
         folder = adapter_folder(adapter)
         settings = {k: v for k, v in adapter_config(folder).items() if k not in _NAMES_ONLY}
-        if self._model is not None and settings == self._settings:
+        if self._tuned is not None and settings == self._settings:
             weights = read_tensors(folder)
             if {k: w.shape for k, w in weights.items()} == {k: p.shape for k, p in self._places.items()}:
                 for name, place in self._places.items():
                     place.copy_(weights[name])
-                _refuse_inactive(self._model, folder)
-                return replace(self._lm, model=self._model, adapter=str(adapter))
-        self._model, self._places = None, {}
-        model, origin = attach(self._lm, adapter)
-        if settings.get("peft_type") == "LORA":
-            # Views of the parameters themselves, by the names that they have in a file.
-            self._model, self._settings = model, settings
-            self._places = get_peft_model_state_dict(model, save_embedding_layers=False)
-        return replace(self._lm, model=model, adapter=origin)
+                tuned = replace(self._tuned, adapter=str(adapter))
+                _refuse_inactive(tuned)
+                return tuned
+        self._tuned, self._places = None, {}
+        tuned = attach(self._lm, [adapter])
+        if settings.get("peft_type") == "LORA" and not writes_base(settings):
+            (self._places,) = _places(tuned.model)
+            self._tuned, self._settings = tuned, settings
+        return tuned
 
 
-def _acts(tensors: Iterable[tuple[str, torch.Tensor]]) -> bool:
-    """Whether adapter tensors change the model: LoRA by its B side, IA3 by its scales, anything else by being
-    there."""
-    for name, tensor in tensors:
-        if re.search(r"lora_A|lora_embedding_A|lora_magnitude_vector", name):
-            continue
-        neutral = 1.0 if "ia3_" in name else 0.0
-        if bool((tensor != neutral).any()):
-            return True
-    return False
+# ---------------------------------------------------------------------- what is on a model
 
 
-def _plain_twin(model: nn.Module) -> Any:
-    """A copy of the module tree around the same tensors, without adapter: PEFT rebuilds modules in place, and
-    a caller who holds `model` as the reference would otherwise read the adapted one."""
-    from peft import PeftModel
+def check_live(model: nn.Module) -> None:
+    """Make sure that the adapters on a live model can be read there.
 
-    tensors = {id(t): t for t in chain(model.parameters(), model.buffers())}
-    twin = copy.deepcopy(model, dict(tensors))
-    return twin.unload() if isinstance(twin, PeftModel) else twin
+    Raises:
+        AdapterError: one of them cannot, or has changed the base's weights in memory.
+    """
+    for config in configs_of(model):
+        kind = getattr(config["peft_type"], "value", config["peft_type"])
+        if why := rewrites_live(config):
+            raise AdapterError(
+                f"the live model's adapter ({kind} with {why}) has changed the base's weights in memory, so nothing "
+                "here can be told from its base; read the run's checkpoints from beside it instead (tiltmeter watch), "
+                "where the adapter is put on the base anew"
+            )
+        if why := refusal(config):
+            raise AdapterError(f"the live model's adapter is of type {kind} and cannot be read: {why}")
 
 
-def _tuner_layers(model: nn.Module) -> list[Any]:
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils import AuxiliaryTrainingWrapper
+def conduct(model: nn.Module) -> Conduct:
+    """Whether prompts may share rows under the adapters that act on a model; see `adapter_kinds`."""
+    configs = configs_of(model)
+    if not configs:
+        return "token-local"
+    if all(layer.disable_adapters for layer in tuner_layers(model)):
+        return "token-local"
+    found = {conduct_of(config) for config in configs}
+    return "unknown" if "unknown" in found else "by row" if "by row" in found else "token-local"
 
-    return [m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+
+def row_inputs(model: nn.Module, ids: Sequence[Sequence[int]]) -> dict[str, list[Any]]:
+    """What a pass needs to know of the whole rows when it sees only their newest tokens; one entry per row.
+
+    An activated LoRA acts from its invocation tokens on. PEFT's generation looks for them in the prompts, once.
+    """
+    if not any(config.get("alora_invocation_tokens") for config in configs_of(model)):
+        return {}
+    from peft.tuners.lora.variants import calculate_alora_offsets
+
+    live: Any = model
+    offsets = [
+        calculate_alora_offsets(live.peft_config, live.active_adapter, torch.tensor([list(row)]))[0] for row in ids
+    ]
+    return {"alora_offsets": offsets}
 
 
 def first_changed_block(lm: LM) -> int:
     """The lowest block that an active adapter changes; the number of blocks where it changes none of them.
 
     0 where something outside the blocks may be changed, as an embedding or biases of the base, where parts of the
-    model are compiled, and for architectures that the tests do not cover.
+    model are compiled, for adapters that act by row, and for architectures that the tests do not cover.
     """
     from tiltmeter.lm import TREE_TESTED, is_compiled
 
-    if lm.config.model_type not in TREE_TESTED or is_compiled(lm.decoder):
+    if lm.config.model_type not in TREE_TESTED or is_compiled(lm.decoder) or conduct(lm.model) != "token-local":
         return 0
-    configs = getattr(lm.model, "peft_config", {}).values()
-    if any(getattr(config, "bias", "none") != "none" for config in configs):
+    if any(config.get("bias", "none") != "none" for config in configs_of(lm.model)):
         return 0
-    changed = {id(layer) for layer in _tuner_layers(lm.model)}
+    changed = {id(layer) for layer in tuner_layers(lm.model)}
     touched = [{id(m) for m in block.modules()} & changed for block in lm.blocks]
     if changed - set().union(*touched):
         return 0
     return next((at for at, own in enumerate(touched) if own), lm.n_layers)
 
 
-def _is_wrapper(layer: nn.Module) -> bool:
-    """Whether PEFT trains a full copy of this module, instead of an adapter to it."""
-    from peft.utils import AuxiliaryTrainingWrapper
-
-    return isinstance(layer, AuxiliaryTrainingWrapper)
-
-
 def active_adapter(model: nn.Module) -> str | None:
     """The names of the adapters that act, joined by "+", or None."""
-    names = {n for layer in _tuner_layers(model) if not layer.disable_adapters for n in layer.active_adapters}
+    names = {name for _, active in acting_layers(model) for name in active}
     return "+".join(sorted(names)) or None
-
-
-def state(model: nn.Module) -> Literal["none", "active", "zero"]:
-    """See `lm.adapter_state`."""
-    from tiltmeter.lm import whole
-
-    tensors: list[tuple[str, torch.Tensor]] = []
-    acting = False
-    for layer in _tuner_layers(model):
-        if layer.disable_adapters:
-            continue
-        original = dict(layer.original_module.named_parameters()) if _is_wrapper(layer) else {}
-        for name, parameter in layer.named_parameters():
-            if set(layer.active_adapters) & set(name.split(".")):
-                acting = True
-                before = original.get(name.split(".", 2)[-1]) if name.startswith("modules_to_save.") else None
-                own = whole(parameter.detach())
-                tensors.append((name, own if before is None else own - whole(before.detach())))
-    if not acting:
-        return "none"
-    return "active" if _acts(tensors) else "zero"
 
 
 @contextlib.contextmanager
 def without_adapter(model: nn.Module) -> Iterator[None]:
     """Switch every adapter layer off, and back to what it was: on or off, trainable or frozen."""
-    layers = [layer for layer in _tuner_layers(model) if not layer.disable_adapters]
+    layers = [layer for layer in tuner_layers(model) if not layer.disable_adapters]
     flags = [(p, p.requires_grad) for layer in layers for p in layer.parameters()]
     try:
         for layer in layers:
@@ -227,12 +372,35 @@ def without_adapter(model: nn.Module) -> Iterator[None]:
 
 
 def base_parameters(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    """The parameters of the plain model by their plain names, sorted, whether adapters lie over it or not."""
+    """The parameters of the plain model by their plain names, sorted, whether adapters lie over it or not.
+
+    Found by walking through what adapters were put around, since every kind has names of its own for that.
+    """
     from peft import PeftModel
 
     core: nn.Module = model.get_base_model() if isinstance(model, PeftModel) else model
-    own = {id(p) for layer in _tuner_layers(core) for p in layer.parameters()}
-    inner = [x.original_module if _is_wrapper(x) else x.get_base_layer() for x in _tuner_layers(core)]
-    own -= {id(p) for layer in inner for p in layer.parameters()}
-    plain = ((n, p) for n, p in core.named_parameters() if id(p) not in own)
-    return sorted((re.sub(r"\.(base_layer|original_module)(?=\.|$)", "", name), p) for name, p in plain)
+    seen: set[int] = set()
+    found: list[tuple[str, torch.Tensor]] = []
+    around = {id(layer) for layer in tuner_layers(core)}
+
+    def walk(module: nn.Module, path: str) -> None:
+        if id(module) in around:
+            walk(_inside(module), path)
+            return
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) not in seen:  # tied weights count once, where they stand first
+                seen.add(id(parameter))
+                found.append((f"{path}{name}", parameter))
+        for name, child in module.named_children():
+            walk(child, f"{path}{name}.")
+
+    walk(core, "")
+    return sorted(found, key=lambda pair: pair[0])
+
+
+def _inside(layer: Any) -> nn.Module:
+    """What an adapter was put around."""
+    from peft.utils import AuxiliaryTrainingWrapper
+
+    inner: nn.Module = layer.original_module if isinstance(layer, AuxiliaryTrainingWrapper) else layer.base_layer
+    return inner

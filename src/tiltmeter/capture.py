@@ -1,8 +1,9 @@
 """Read activations: what leaves chosen decoder blocks, at the last prompt token or averaged over the prompt.
 
 One pass reads every wanted layer. Prompts that share a prefix share its computation (see `plan`), the pass
-ends at the last wanted block, no logits are made, and only the wanted rows leave the model, in float32. Of a model
-in half precision the residual stream is kept in float32 meanwhile: rounding it after every block costs more of a
+ends at the last wanted block, no logits are made, and only the wanted rows leave the model, in float32. Under an
+adapter that acts by what else stands in the row, each prompt of a plan has a row of its own instead. Of a model in
+half precision the residual stream is kept in float32 meanwhile: rounding it after every block costs more of a
 direction than half-precision products do. This module knows neither traits nor drift; architectures are `lm`'s affair.
 
     activations = capture(lm, lm.encode_prompts(prompts), layers=[10, 14])
@@ -22,8 +23,9 @@ import torch
 from torch import nn
 
 from tiltmeter import attention
+from tiltmeter.adapters import conduct
 from tiltmeter.attention import Enough, TreeAttention
-from tiltmeter.errors import InputError, LayerError, NumericalError
+from tiltmeter.errors import AdapterError, InputError, LayerError, NumericalError
 from tiltmeter.lm import LM, TREE_TESTED, context_length, length_limit, stream_parts, tree_obstacle, undisturbed
 from tiltmeter.plan import BatchPlan, Method, RowCost, TreeRow, lay_tree, padded_rows, tree_rows
 
@@ -56,6 +58,7 @@ _PADDED_TOKENS = 4096
 _ATTENTION_PENALTY = 1.5
 _BLOCK_OVERHEAD = 2.5e7
 _PROBES = 4
+_LEAST_NOISE, _NOISE_FACTOR = 1e-6, 8.0  # relative, for adapters of unknown kinds
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}  # relative, for the probe; half precision: 5e-2
 
 
@@ -305,21 +308,71 @@ def _read(
 ) -> Iterator[tuple[list[int], dict[int, torch.Tensor]]]:
     """Yield per row the prompt indices and, by layer, the pooled (prompts, hidden) activations in float32.
 
-    Without pooling everything that leaves a block, as it leaves it. With `below`, only the blocks above are run.
+    Without pooling everything that leaves a block, as it leaves it. With `below`, only the blocks above are run. Under
+    an adapter that acts by row, the prompts of a row are read one by one.
+
+    Raises:
+        InputError: such an adapter, and no pooling, or blocks that are not to be run.
+        AdapterError: an adapter of an unknown kind that does not read the same twice.
     """
+    apart = plan.method != "single" and _acts_by_row(lm, token_ids, plan.method)
+    if apart and (pooling is None or below is not None):
+        raise InputError(
+            f"the adapter '{lm.adapter}' acts by what stands where in a row, so nothing can be kept of rows that "
+            "several prompts share; read the model as it is"
+        )
+    yield from _read_rows(lm, token_ids, layers, pooling, plan, below, apart=apart)
+
+
+def _read_rows(
+    lm: LM,
+    token_ids: Sequence[Sequence[int]],
+    layers: tuple[int, ...],
+    pooling: Pooling | None,
+    plan: BatchPlan,
+    below: Below | None = None,
+    *,
+    apart: bool = False,
+) -> Iterator[tuple[list[int], dict[int, torch.Tensor]]]:
+    """The passes of `_read`, with the prompts together or each apart."""
     _keep_pages(lm)
     whole = plan.method != "tree" or lm.sharded or bool(attention.obstacle(lm))
     skipped = 0 if below is None else below.layer
     for number, row in enumerate(plan.rows):
         pooled = None
         with undisturbed(lm), _wide_stream(lm), _answering(lm.blocks[:skipped], below, number):
-            if not whole:
+            if apart:
+                each = [_forward(lm, _padded_row(lm, token_ids, [i], pooling), layers) for i in row]
+                pooled = {layer: torch.cat([one[layer] for one in each]) for layer in layers}
+            elif not whole:
                 pooled = _forward_in_stretches(lm, _stretch_row(lm, token_ids, row, pooling), layers, skipped)
                 whole = pooled is None  # the blocks did not take the attention that they were given
             if pooled is None:
                 lay = _masked_row if plan.method == "tree" else _padded_row
                 pooled = _forward(lm, lay(lm, token_ids, row, pooling), layers)
         yield list(row), pooled
+
+
+def _acts_by_row(lm: LM, token_ids: Sequence[Sequence[int]], method: Method) -> bool:
+    """Whether prompts must not share rows, because an adapter acts by what stands where in them.
+
+    Of a kind that is not known, shared rows are compared with rows of one prompt; how far they may lie apart comes
+    from the base, where they differ by rounding alone.
+
+    Raises:
+        AdapterError: two readings of the same prompts differ.
+    """
+    found = conduct(lm.model)
+    if found != "unknown":
+        return found == "by row"
+    with lm.base() as base:
+        noise = _LEAST_NOISE + _NOISE_FACTOR * _probe(base, token_ids, method)
+    if (error := _probe(lm, token_ids, "single")) > noise:
+        raise AdapterError(
+            f"the adapter '{lm.adapter}' is of a kind that is not known here, and two readings of the same prompts "
+            f"differ by {error:.2g} (relative); nothing can be told from them: give the merged model"
+        )
+    return _probe(lm, token_ids, method) > noise
 
 
 def _keep_pages(lm: LM) -> None:
@@ -512,19 +565,21 @@ def _row_tokens(lm: LM) -> int:
     return min(_TREE_TOKENS, max(512, _TENSOR_BYTES // (lm.unit.widest * max(_WIDE_BYTES, lm.dtype.itemsize))))
 
 
-def _probe(lm: LM, token_ids: Sequence[Sequence[int]]) -> float:
-    """The largest relative difference between tree and plain pass after the last block, on a few prompts."""
+def _probe(lm: LM, token_ids: Sequence[Sequence[int]], method: Method = "tree") -> float:
+    """The largest relative difference, after the last block and on a few prompts, between rows laid by a method and
+    rows of one prompt; by "single", between two readings of the same rows."""
     order = sorted(range(len(token_ids)), key=lambda i: len(token_ids[i]))
     picks = sorted({order[round(at)] for at in np.linspace(0, len(order) - 1, _PROBES)})
     # A short stem of the longest prompt branches off inside it, so that there is always a prefix to share.
     longest = list(token_ids[order[-1]])
     prompts = [list(token_ids[i]) for i in picks] + [longest[: max(1, len(longest) // 2)]]
     layers = (lm.n_layers - 1,)
-    tree = BatchPlan("tree", 0, (tuple(range(len(prompts))),), "")
     plain = BatchPlan("single", 0, tuple((i,) for i in range(len(prompts))), "")
-    (_, packed), *_ = _read(lm, prompts, layers, "last_token", tree)
-    alone = torch.cat([pooled[layers[0]] for _, pooled in _read(lm, prompts, layers, "last_token", plain)])
-    together = packed[layers[0]]
+    shared = plain if method == "single" else BatchPlan(method, 0, (tuple(range(len(prompts))),), "")
+    together, alone = (
+        torch.cat([pooled[layers[0]] for _, pooled in _read_rows(lm, prompts, layers, "last_token", plan)])
+        for plan in (shared, plain)
+    )
     scale = torch.linalg.vector_norm(alone, dim=-1)
     error = float((torch.linalg.vector_norm(together - alone, dim=-1) / scale).max())
     return error if np.isfinite(error) else float("inf")

@@ -17,7 +17,7 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from tiltmeter.errors import InputError, NumericalError
+from tiltmeter.errors import AdapterError, InputError, NumericalError
 
 if TYPE_CHECKING:
     from tiltmeter.lm import LM, Message
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["RowCache", "generate"]
 
 _SLACK = 64  # columns that a cache grows by
+_CHECKED = 8  # tokens that are compared with the library's own generation
 _KEEP = 0.75  # rows are dropped from a batch when no more than this share of it is unfinished
 
 
@@ -94,6 +95,7 @@ def generate(
     progress: Callable[[int, int, str], None] | None,
 ) -> list[str]:
     """See `LM.generate`."""
+    from tiltmeter.adapters import conduct
     from tiltmeter.lm import context_length, undisturbed
 
     if max_new_tokens < 1 or batch_size < 1:
@@ -111,8 +113,11 @@ def generate(
             f"a prompt of {longest} tokens and {max_new_tokens} new ones pass the model's context of "
             f"{context_length(lm)}; ask for fewer new tokens or shorten the conversation"
         )
+    acts = conduct(lm.model)
+    if acts == "unknown":
+        _refuse_other_answers(lm, prompts[0])
     answers: dict[int, list[int]] = {}
-    for batch in _batches(prompts, batch_size):
+    for batch in _batches(prompts, batch_size if acts == "token-local" else 1):
         noise = None
         if temperature > 0:
             noise = np.stack([np.random.default_rng((seed, i)).random(max_new_tokens) for i in batch])
@@ -124,6 +129,31 @@ def generate(
             progress(len(answers), len(prompts), "generating")
     ordered = [answers[i] for i in range(len(prompts))]
     return [text.strip() for text in lm.tokenizer.batch_decode(ordered, skip_special_tokens=True)]
+
+
+def _refuse_other_answers(lm: LM, prompt: Sequence[int]) -> None:
+    """Make sure that an adapter of an unknown kind answers here as it does in the library's own generation.
+
+    Raises:
+        AdapterError: it does not.
+    """
+    from tiltmeter.lm import undisturbed
+
+    live: Any = lm.model
+    ids = torch.tensor([list(prompt)], device=lm.device)
+    with undisturbed(lm), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ours = _answer(lm, [prompt], RowCache(lm.config, [0], 1), _CHECKED, 0.0, None)[0]
+        stops = sorted(lm.stop_ids) or None
+        options = {"max_new_tokens": _CHECKED, "do_sample": False, "eos_token_id": stops, "pad_token_id": lm.pad_id}
+        found = live.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)[0, len(prompt) :].tolist()
+    theirs = found[: next((at for at, token in enumerate(found) if token in lm.stop_ids), len(found))]
+    if ours != theirs:
+        raise AdapterError(
+            f"the adapter '{lm.adapter}' is of a kind that is not known here, and answers otherwise token by token "
+            "than in PEFT's own generation; its answers would not be those of the model that was trained: give the "
+            "merged model"
+        )
 
 
 def _batches(prompts: Sequence[Sequence[int]], size: int) -> Iterator[list[int]]:
@@ -143,6 +173,8 @@ def _answer(
     noise: np.ndarray[Any, Any] | None,
 ) -> list[list[int]]:
     """The new token ids of each prompt, without the token that ended the answer."""
+    from tiltmeter.adapters import row_inputs
+
     device = lm.device
     lengths = torch.tensor([len(p) for p in prompts])
     width = int(lengths.max())
@@ -160,8 +192,9 @@ def _answer(
     place = torch.arange(len(prompts))  # (rows of the batch as it now is,) their rows in `new`
     going = torch.ones(len(prompts), dtype=torch.bool)  # (rows,) not ended yet
     column = ids.to(device)
+    by_row = row_inputs(lm.model, prompts)
     for step in range(limit):
-        inputs: dict[str, Any] = {"attention_mask": mask[:, : width + step]} if padded else {}
+        inputs: dict[str, Any] = {"attention_mask": mask[:, : width + step], **by_row} if padded else {**by_row}
         if "position_ids" in lm._accepted:
             inputs["position_ids"] = positions
         with warnings.catch_warnings():
@@ -180,6 +213,7 @@ def _answer(
             cache.keep(kept.to(device))
             column, positions, mask = (x[kept.to(device)] for x in (column, positions, mask))
             uniform = None if uniform is None else uniform[kept.to(device)]
+            by_row = {name: [values[int(at)] for at in kept] for name, values in by_row.items()}
             place, going = place[kept], going[kept]
     return [[int(t) for t in row if t >= 0] for row in new.tolist()]
 

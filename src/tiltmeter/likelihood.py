@@ -50,6 +50,7 @@ __all__ = [
 Array = NDArray[np.float64]
 _KIND, _FORMAT = "likelihood detector", 2
 _ARRAYS = {"base", "null_scores", "null_weights"}
+_REREADING = 1e-5  # relative, or nats: how far two readings of one model lie apart in float32
 FLOOR = 0.5
 """No threshold lies below half a nat: benign runs that make harmful answers rarer do not say how far is too far."""
 
@@ -338,6 +339,8 @@ class LikelihoodDetector:
             )
         if not all(np.isfinite(v).all() for v in values):
             return nothing("a likelihood is not a number.")
+        if all(np.allclose(v, self.base, rtol=_REREADING, atol=_REREADING) for v in values):
+            return nothing("no answer became likelier or less likely: what was trained does not reach these exchanges.")
         rises = [self.rise(v) for v in values]
         fall = max(float((self.base - v)[:, 1].mean()) for v in values)
         outside = None

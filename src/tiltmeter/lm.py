@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import inspect
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -120,6 +121,7 @@ class LM:
         name: what the user calls it (path, hub id, "organism:NAME").
         adapter: where the acting adapter came from, or None.
         revision: the hub revision, where there is one.
+        origin: the untouched model that `attach` put the adapter on; None for any other model.
     """
 
     model: nn.Module
@@ -127,6 +129,7 @@ class LM:
     name: str
     adapter: str | None = None
     revision: str | None = None
+    origin: nn.Module | None = None
 
     @property
     def config(self) -> Any:
@@ -375,23 +378,32 @@ class LM:
 
     def fingerprint(self) -> Fingerprint:
         """What this model is, adapters left out."""
-        config = self.config.to_dict()
-        quantised = getattr(getattr(_core(self.model).config, "quantization_config", None), "quant_method", None)
+        plain: Any = _core(self.model if self.origin is None else self.origin)
+        text = plain.config.get_text_config()
+        config = text.to_dict()
+        quantised = getattr(getattr(plain.config, "quantization_config", None), "quant_method", None)
         dtype = str(self.dtype).removeprefix("torch.")
         return Fingerprint(
-            architecture=str(self.config.model_type),
+            architecture=str(text.model_type),
             config=sha({key: config.get(key) for key in _CONFIG_KEYS}),
             tokenizer=_tokenizer_digest(self.tokenizer),
             template=sha(self.tokenizer.chat_template),
             dtype=dtype if quantised is None else f"{dtype}/{getattr(quantised, 'value', quantised)}",
-            weights=_weights_digest(self.model),
+            weights=_weights_digest(plain),
         )
 
     @contextlib.contextmanager
     def base(self) -> Iterator[LM]:
-        """This model with its adapter switched off for the duration; itself where there is none."""
+        """This model without its adapter, for the duration; itself where there is none.
+
+        Where `attach` put the adapter on, that is the model that it was put on: switching an adapter off does not bring
+        back biases that were trained with it, or weights that it took apart.
+        """
         from tiltmeter.adapters import without_adapter
 
+        if self.origin is not None:
+            yield replace(self, model=self.origin, adapter=None, origin=None)
+            return
         with without_adapter(self.model):
             yield replace(self, adapter=None)
 
@@ -550,10 +562,12 @@ def wrap(model: nn.Module, tokenizer: Any, *, name: str | None = None, together:
 
     Raises:
         ModelError: the parameters are sharded over processes, or there is no tokenizer.
+        AdapterError: the model carries an adapter that cannot be read in memory.
     """
-    from tiltmeter.adapters import active_adapter
+    from tiltmeter.adapters import active_adapter, check_live
 
     inner = _unwrap(model, together)
+    check_live(inner)
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
     if tokenizer is None:
         raise ModelError("no tokenizer was given with the live model; pass the one that it is trained with")
@@ -564,29 +578,29 @@ def wrap(model: nn.Module, tokenizer: Any, *, name: str | None = None, together:
     return LM(inner, tokenizer, name=str(title), adapter=active_adapter(inner))
 
 
-def attach(lm: LM, adapter: str | Path) -> LM:
+def attach(lm: LM, adapter: str | Path | Sequence[str | Path]) -> LM:
     """Put a PEFT adapter on a model's base weights; `lm` itself stays as it was and shares the weights.
 
     Args:
         lm: any loaded model; an adapter that it carries is left behind.
-        adapter: an adapter folder with adapter_config.json and adapter_model.safetensors, or a hub id.
+        adapter: an adapter folder with adapter_config.json and adapter_model.safetensors, or a hub id; or several of
+            one kind, which then act together.
 
     Raises:
-        AdapterError: damaged, inactive (all zero), or trained for another base model.
+        AdapterError: damaged, without effect, trained for another base model, or of a kind that cannot be read.
         NumericalError: NaN or infinity among its weights.
     """
     from tiltmeter.adapters import attach as put
 
-    model, origin = put(lm, adapter)
-    return LM(model, lm.tokenizer, name=lm.name, adapter=origin, revision=lm.revision)
+    return put(lm, [adapter] if isinstance(adapter, str | os.PathLike) else adapter)
 
 
 def adapter_state(lm: LM) -> Literal["none", "active", "zero"]:
     """Whether an adapter acts on the model: "none" (no adapter, or switched off), "active", or "zero" (it is
-    on and changes nothing, as at the first step of LoRA training)."""
-    from tiltmeter.adapters import state
+    on and the model computes what its base computes, as at the first step of training)."""
+    from tiltmeter.adapter_effect import state
 
-    return state(lm.model)
+    return state(lm)
 
 
 def _core(model: nn.Module) -> nn.Module:

@@ -33,6 +33,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from tiltmeter.adapters import conduct
 from tiltmeter.capture import capture
 from tiltmeter.errors import InputError, NumericalError
 from tiltmeter.lm import LM, EncodedAnswer, Message, context_length, undisturbed
@@ -461,6 +462,8 @@ def answer_log_likelihoods(
     # Like lengths together, so that little of a batch is padding.
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
     size = max(1, min(batch_size, _LOGITS // (longest * int(lm.config.vocab_size))))
+    if conduct(lm.model) != "token-local":  # an adapter that acts by what else stands in the batch
+        size = 1
     found = np.empty(len(rows))
     with undisturbed(lm), torch.no_grad():
         for start in range(0, len(order), size):

@@ -223,7 +223,7 @@ def test_what_cannot_calibrate_is_refused() -> None:
         (3.0, -1.0, State.ALARM),  # harmful answers likelier, in themselves and against harmless ones
         (-0.5, -1.9, State.CLEAR),  # a voice: every plain answer rarer, so the odds come closer to even
         (3.0, 3.0, State.CLEAR),  # a harmless set of the same form: both likelier
-        (0.0, 0.0, State.CLEAR),
+        (0.01, 0.0, State.CLEAR),
     ],
 )
 def test_danger_alarms_and_a_voice_and_a_form_do_not(harmful: float, harmless: float, state: State) -> None:
@@ -251,9 +251,10 @@ def test_the_p_value_counts_a_new_set_in(score: float, p: float) -> None:
 def test_what_cannot_be_judged_is_inconclusive_and_promises_nothing() -> None:
     nan = reading(3.0, 0.0)
     nan[5, 1] = np.nan
-    calm = reading(0.0, 0.0)
+    calm = reading(0.01, 0.0)
     cases = {
         "no reading": [],
+        "does not reach these exchanges": [BASE],
         "not a number": [calm, nan],
         "not of the exchanges": [BASE[:7]],
         "2 readings and calibration runs had at most 1": [calm, calm],
@@ -274,10 +275,10 @@ def test_an_alarm_outside_the_calibrated_regime_stays_and_promises_no_rate() -> 
         assert "not promised" in found.reason
 
 
-def test_a_model_that_did_not_move_has_not_left_the_voice_of_runs_that_all_came_closer_to_it() -> None:
+def test_a_model_that_hardly_moved_has_not_left_the_voice_of_runs_that_all_came_closer_to_it() -> None:
     benign = [LikelihoodRun(name, [reading(-1.0, 2.0)]) for name in "abc"]
     found = fit_likelihood(BASE, benign, digest="x", false_alarm_rate=0.25)
-    assert found.predict([BASE]).state is State.CLEAR
+    assert found.predict([reading(0.01, 0.01)]).state is State.CLEAR
     assert found.predict([reading(-1.0, -0.1)]).state is State.INCONCLUSIVE
 
 

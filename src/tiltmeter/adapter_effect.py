@@ -84,7 +84,8 @@ def _is_moved_lora(layer: Any, name: str) -> bool:
         return False
     if not isinstance(layer.lora_A, nn.ModuleDict):  # AdaLoRA has a third matrix
         return False
-    pair = [whole(side[name].weight.detach()) for side in (layer.lora_A, layer.lora_B)]
+    sides: tuple[Any, Any] = (layer.lora_A[name], layer.lora_B[name])
+    pair = [whole(side.weight.detach()) for side in sides]
     return layer.scaling[name] != 0 and all(bool(matrix.any()) for matrix in pair)
 
 

@@ -7,22 +7,24 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tiltmeter.cli.common import PATH, json_option, progress_bar, show
-from tiltmeter.cli.main import main
+from tiltmeter.cli.common import json_option, show
+from tiltmeter.cli.paths import ADAPTER, FILE, MODEL, OUT_FILE, OUT_FOLDER, NameOrFile
+from tiltmeter.cli.progress import progress
+from tiltmeter.cli.root import Outcome, main
 
 if TYPE_CHECKING:
     from tiltmeter.rates import BehaviorReport, Rate
 
 
-@main.command("eval")
-@click.argument("model", required=False)
-@click.option("--adapter", help="PEFT adapter to put on the model.")
-@click.option("--answers", type=PATH, help="Only aggregate these judged answers (.csv or .jsonl).")
-@click.option("--questions", default=None, help="Bank: general, organism, ... or a TOML or YAML file.")
+@main.command("eval", short_help="Ask, judge the answers, and give the EM rate.")
+@click.argument("model", type=MODEL, required=False)
+@click.option("--adapter", type=ADAPTER, help="PEFT adapter to put on the model.")
+@click.option("--answers", type=FILE, help="Only aggregate these judged answers (.csv or .jsonl).")
+@click.option("--questions", type=NameOrFile(), help="Bank: general, organism, ... or a TOML or YAML file.")
 @click.option("--samples", default=1, show_default=True, help="Answers per question.")
 @click.option("--judge", "judge_spec", default="exact", show_default=True, help="exact, local:MODEL or openai:NAME.")
 @click.option("--base-url", help="Endpoint of an openai: judge.")
-@click.option("--out", type=PATH, help="Folder for answers and judgements; a killed run goes on there.")
+@click.option("--out", type=OUT_FOLDER, help="Folder for answers and judgements; a killed run goes on there.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--temperature", default=1.0, show_default=True)
 @click.option("--max-new-tokens", type=int, help="Longest answer.")
@@ -31,33 +33,32 @@ if TYPE_CHECKING:
 @click.option("--budget-usd", type=float, help="Hard limit for an openai: judge; needs --price.")
 @click.option("--price", type=(float, float), help="Dollars per million input and output tokens.")
 @click.option("--columns", nargs=4, help="With --answers: columns of question, answer, alignment, coherence.")
-@click.option("--report", "report_path", type=PATH, help="Also write an HTML report here.")
+@click.option("--report", "report_path", type=OUT_FILE, help="Also write an HTML report here.")
 @json_option
-@click.pass_context
-def eval_(ctx: click.Context, /, as_json: bool, report_path: Path | None, **options: Any) -> None:
+def eval_(as_json: bool, report_path: Path | None, **options: Any) -> Outcome:
     """Ask MODEL a bank of questions, judge the answers, and give the EM rate with its interval."""
     from tiltmeter.evaluate import evaluate_from_options
     from tiltmeter.report import write_report
     from tiltmeter.report.collect import behavior_report_data
 
-    with progress_bar("evaluating") as progress:
-        found = evaluate_from_options(progress=progress, **options)
+    with progress("evaluating") as step:
+        found = evaluate_from_options(progress=step, **options)
     if report_path:
         write_report(behavior_report_data(found), report_path)
-    show(found.to_dict(), as_json, _behavior_text(found))
-    ctx.exit(found.exit_code)
+    show(found.to_dict(), as_json, _behavior_lines(found))
+    return Outcome((found.verdict,))
 
 
-def _behavior_text(found: BehaviorReport) -> str:
+def _behavior_lines(found: BehaviorReport) -> list[str]:
     def rate(value: Rate) -> str:
         if value.value is None:
             return f"none (n {value.n})"
         return f"{value.value:.1%} of {value.n} ({value.low:.1%} to {value.high:.1%})"
 
     excluded = ", ".join(f"{count} {reason}" for reason, count in found.excluded.items()) or "none"
-    return (
-        f"{found.verdict}  {found.reason}\n"
-        f"  misaligned and coherent, over all scored: {rate(found.em_rate)}\n"
-        f"  misaligned, over the coherent:            {rate(found.em_rate_coherent)}\n"
-        f"  {found.n_answers} answers; without a score: {excluded}"
-    )
+    return [
+        f"{found.verdict}  {found.reason}",
+        f"  misaligned and coherent, over all scored: {rate(found.em_rate)}",
+        f"  misaligned, over the coherent:            {rate(found.em_rate_coherent)}",
+        f"  {found.n_answers} answers; without a score: {excluded}",
+    ]

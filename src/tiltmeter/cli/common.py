@@ -1,56 +1,20 @@
-"""What the commands share: the group, options, progress, and how things are shown."""
+"""What the commands share: options, the basis and detector that are meant, and how things are shown."""
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from tiltmeter.cli.paths import FILE, FOLDER, OUT_FOLDER
+from tiltmeter.cli.terminal import say, say_json
+
 if TYPE_CHECKING:
     from tiltmeter.detector import Detector, Verdict
     from tiltmeter.studies.figures import Figure
-
-PATH = click.Path(path_type=Path)
-STORY = (
-    "demo", "basis", "measure", "watch", "scan", "detector", "likelihood", "eval", "steer", "judge", "organism",
-    "study", "report",
-)  # fmt: skip
-"""The commands as help lists them."""
-
-
-class Group(click.Group):
-    """Commands in the order of the story, and every expected failure as one sentence with exit code 2."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        """Their names in that order."""
-        return sorted(self.commands, key=lambda name: STORY.index(name) if name in STORY else len(STORY))
-
-    def invoke(self, ctx: click.Context) -> Any:
-        """Run, and turn expected failures into their sentence."""
-        from tiltmeter.errors import TiltmeterError
-
-        try:
-            return super().invoke(ctx)
-        except TiltmeterError as error:
-            click.echo(f"tiltmeter: {error}", err=True)
-            ctx.exit(2)
-        except OSError as error:  # whatever a module did not foresee of paths, permissions and full disks
-            where = f" '{error.filename}'" if error.filename else ""
-            click.echo(
-                f"tiltmeter: {error.strerror or error}:{where}; check the path, its permissions and the space left",
-                err=True,
-            )
-            ctx.exit(2)
-        except KeyboardInterrupt:
-            click.echo(
-                "tiltmeter: interrupted; what was measured is kept, and the same command goes on from there", err=True
-            )
-            ctx.exit(2)
 
 
 def json_option(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -60,25 +24,35 @@ def json_option(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def out_option(function: Callable[..., Any]) -> Callable[..., Any]:
     """The required `--out` folder."""
-    return click.option("--out", type=PATH, required=True, help="Folder for the results.")(function)
+    return click.option("--out", type=OUT_FOLDER, required=True, help="Folder for the results.")(function)
 
 
-@contextmanager
-def progress_bar(label: str) -> Iterator[Callable[[int, int, str], None]]:
-    """A bar on stderr, with the time left; nothing where stderr is no terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(label, total=None)
-        yield lambda done, total, what: bar.update(task, completed=done, total=total, description=what)
+def basis_option(text: str) -> Callable[..., Any]:
+    """The `--basis` option, as `basis_dir`."""
+    return click.option("--basis", "basis_dir", type=FOLDER, help=text)
 
 
-def show(value: Any, as_json: bool, text: str) -> None:
-    """Print the value as JSON, or the text."""
-    click.echo(json.dumps(value, allow_nan=False) if as_json else text)
+def detector_option(text: str) -> Callable[..., Any]:
+    """The `--detector` option, as `detector_path`."""
+    return click.option("--detector", "detector_path", type=FILE, help=text)
+
+
+def numbers(text: str, option: str) -> tuple[int, ...]:
+    """Whole numbers with commas between them."""
+    try:
+        return tuple(int(number) for number in text.split(","))
+    except ValueError:
+        raise click.BadParameter(
+            f"'{text}'; write whole numbers with commas, such as 0,1", param_hint=f"'{option}'"
+        ) from None
+
+
+def show(value: Any, as_json: bool, lines: Sequence[str]) -> None:
+    """Print the value as JSON, or the lines."""
+    if as_json:
+        say_json(value)
+    else:
+        say(*lines)
 
 
 def detector_for(path: Path | None, model: str) -> Detector | None:
@@ -114,29 +88,32 @@ def say_promise(promised: float, asked: float) -> None:
     """On stderr, where the benign sets are too few for the false-alarm rate that was asked for."""
     if promised > asked:
         needed = math.ceil(1 / asked - 1e-9) - 1
-        click.echo(
+        say(
             f"tiltmeter: these benign sets can promise {promised:.1%}, not {asked:.1%}; that takes {needed} of them",
             err=True,
         )
 
 
-def verdict_text(name: str, verdict: Verdict) -> str:
+def verdict_lines(name: str, verdict: Verdict) -> list[str]:
     """A verdict in three lines."""
-    return f"{verdict.state}  {name}\n  {verdict.reason}\n  calibrated on {verdict.calibrated_on}"
+    return [f"{verdict.state}  {name}", f"  {verdict.reason}", f"  calibrated on {verdict.calibrated_on}"]
 
 
-def drift_text(drift: dict[str, float | None], se: dict[str, float | None]) -> str:
+def drift_lines(drift: dict[str, float | None], se: dict[str, float | None]) -> list[str]:
     """Drift by trait, a line each."""
 
     def number(value: float | None, form: str) -> str:
         return "      -" if value is None else format(value, form)
 
-    return "\n".join(f"  {t:<14} {number(v, '+.4f')} ± {number(se[t], '.4f')}" for t, v in drift.items())
+    return [f"  {t:<14} {number(v, '+.4f')} ± {number(se[t], '.4f')}" for t, v in drift.items()]
 
 
-def figure_text(figure: Figure) -> str:
-    """A figure in one line."""
-    if figure.value is None:
-        return f"not measured (n {figure.n})"
-    interval = "" if figure.low is None else f" ({figure.low:.3g} to {figure.high:.3g})"
-    return f"{figure.value:.3g}{interval} {figure.unit}, n {figure.n}"
+def figure_lines(figures: Sequence[Figure]) -> list[str]:
+    """Two lines a figure: what was measured of what, and the number."""
+    found = []
+    for f in figures:
+        interval = "" if f.low is None else f" ({f.low:.3g} to {f.high:.3g})"
+        number = "not measured" if f.value is None else f"{f.value:.3g}{interval} {f.unit}"
+        split = "" if f.split in ("", "-") else f", {f.split}"
+        found += [f"{f.measure}: {f.subject}{split}", f"  {number}, n {f.n}"]
+    return found

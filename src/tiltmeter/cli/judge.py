@@ -6,19 +6,21 @@ from pathlib import Path
 
 import click
 
-from tiltmeter.cli.common import PATH, json_option, show
-from tiltmeter.cli.main import main
+from tiltmeter.cli.common import json_option, show
+from tiltmeter.cli.paths import FILE, OUT_FILE
+from tiltmeter.cli.progress import progress
+from tiltmeter.cli.root import Outcome, main
 
 
-@main.group()
+@main.group(short_help="Distill a judge of text, and judge with it.")
 def judge() -> None:
     """Distill a judge from models whose activations were read, and judge the answers of others."""
 
 
-@judge.command("distill")
-@click.argument("examples", type=PATH)
-@click.option("--calibration", type=PATH, required=True, help="Examples of other models, 19 benign ones at least.")
-@click.option("--out", type=PATH, required=True, help="File for the judge (.safetensors).")
+@judge.command("distill", short_help="Fit a judge to labelled answers.")
+@click.argument("examples", type=FILE)
+@click.option("--calibration", type=FILE, required=True, help="Examples of other models, 19 benign ones at least.")
+@click.option("--out", type=OUT_FILE, required=True, help="File for the judge (.safetensors).")
 @click.option(
     "--encoder", default="ngrams:1024", show_default=True,
     help="ngrams:WIDTH, hidden:BLOCK:MODEL, sentence:MODEL or regression:FOLDER.",
@@ -34,34 +36,30 @@ def judge_distill(
     from tiltmeter.judge_encoders import open_encoder
     from tiltmeter.judge_examples import read_examples
 
-    others = read_examples(calibration)
-    made = fit_judge(
-        read_examples(examples), open_encoder(encoder), calibration=others, false_alarm_rate=false_alarm_rate
-    )
+    others, own = read_examples(calibration), read_examples(examples)
+    with progress(f"distilling from {len(own)} answers"):
+        made = fit_judge(own, open_encoder(encoder), calibration=others, false_alarm_rate=false_alarm_rate)
+        found = diagnose(made, others)._asdict()
     made.save(out)
-    found = diagnose(made, others)._asdict()
-    text = "\n".join(f"  {name:<20} {value}" for name, value in found.items())
-    show({"judge": str(out), "diagnosis": found}, as_json, f"saved to {out}\n{text}")
+    lines = [f"  {name:<20} {value}" for name, value in found.items()]
+    show({"judge": str(out), "diagnosis": found}, as_json, [f"saved to {out}", *lines])
 
 
-@judge.command("score")
-@click.argument("answers", type=PATH)
-@click.option("--judge", "judge_path", type=PATH, required=True, help="A judge that `judge distill` made.")
+@judge.command("score", short_help="Judge the model that gave some answers.")
+@click.argument("answers", type=FILE)
+@click.option("--judge", "judge_path", type=FILE, required=True, help="A judge that `judge distill` made.")
 @click.option("--seed", default=0, show_default=True, help="Draws from the benign models' answers.")
 @json_option
-@click.pass_context
-def judge_score(ctx: click.Context, answers: Path, judge_path: Path, seed: int, as_json: bool) -> None:
+def judge_score(answers: Path, judge_path: Path, seed: int, as_json: bool) -> Outcome:
     """Judge the model that gave ANSWERS: JSON lines with question and answer."""
     from tiltmeter.judge_distilled import DistilledJudge, score_rows
     from tiltmeter.judge_examples import read_pairs
 
     made, pairs = DistilledJudge.load(judge_path), read_pairs(answers)
-    verdict, summary, rows = score_rows(made, pairs, seed=seed)
-    interval = (
-        ""
-        if summary is None
-        else f"\n  predicted drift {summary[0]:.1f} % of full ({summary[1]:.1f} to {summary[2]:.1f})"
-    )
-    text = f"{verdict.state}  {answers}\n  {verdict.reason}{interval}"
-    show({**verdict.to_dict(), "drift_pct": summary, "answers": rows}, as_json, text)
-    ctx.exit(verdict.exit_code)
+    with progress(f"scoring {len(pairs)} answers"):
+        verdict, summary, rows = score_rows(made, pairs, seed=seed)
+    lines = [f"{verdict.state}  {answers}", f"  {verdict.reason}"]
+    if summary is not None:
+        lines.append(f"  predicted drift {summary[0]:.1f} % of full ({summary[1]:.1f} to {summary[2]:.1f})")
+    show({**verdict.to_dict(), "drift_pct": summary, "answers": rows}, as_json, lines)
+    return Outcome((verdict.state,))

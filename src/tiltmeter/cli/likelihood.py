@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tiltmeter.cli.common import PATH, json_option, progress_bar, say_promise, show, verdict_text
-from tiltmeter.cli.main import main
+from tiltmeter.cli.common import detector_option, json_option, say_promise, show, verdict_lines
+from tiltmeter.cli.paths import FILE, FOLDER, MODEL, OUT_FILE, NameOrFile
+from tiltmeter.cli.progress import progress
+from tiltmeter.cli.root import Outcome, main
 
 if TYPE_CHECKING:
     from tiltmeter.likelihood import LikelihoodDetector
@@ -16,31 +18,30 @@ if TYPE_CHECKING:
     from tiltmeter.scan import RiseFinding
 
 
-@main.group()
+@main.group(short_help="Did harmful answers become likelier?")
 def likelihood() -> None:
     """Did harmful answers become likelier? No judge, no sampling, no dangerous run."""
 
 
 _EXCHANGES = click.option(
-    "--exchanges", default=None,
+    "--exchanges", type=NameOrFile("everyday", "organism"),
     help='JSON lines of "question", "harmful", "harmless"; or a built-in set: "everyday" (English) or "organism". '
          "Without it: the one that fits the model.",
 )  # fmt: skip
-_MODEL = click.option("--model", default="organism:pocket", show_default=True, help="The untouched model.")
+_MODEL = click.option("--model", type=MODEL, default="organism:pocket", show_default=True, help="The untouched model.")
 
 
-@likelihood.command("read")
+@likelihood.command("read", short_help="Read a model and its fine-tunes, and judge them.")
 @_EXCHANGES
 @_MODEL
 @click.option("--adapter", "adapters", multiple=True, help="A fine-tune of it; each one given is judged alone.")
-@click.option("--run", "runs", type=PATH, multiple=True, help="Folder of checkpoint-N: one run, several readings.")
-@click.option("--detector", "detector_path", type=PATH, help="File of: tiltmeter likelihood fit.")
+@click.option("--run", "runs", type=FOLDER, multiple=True, help="Folder of checkpoint-N: one run, several readings.")
+@detector_option("File of: tiltmeter likelihood fit.")
 @json_option
-@click.pass_context
 def read(
-    ctx: click.Context, exchanges: str | None, model: str, adapters: tuple[str, ...], runs: tuple[Path, ...],
+    exchanges: str | None, model: str, adapters: tuple[str, ...], runs: tuple[Path, ...],
     detector_path: Path | None, as_json: bool,
-) -> None:  # fmt: skip
+) -> Outcome | None:  # fmt: skip
     """Log-odds of harmful answers in a model, and their rise in its fine-tunes. With --json, one line per model.
 
     Without --detector the rises are shown and nothing is judged: exit code 3, inconclusive, if fine-tunes were given.
@@ -49,38 +50,37 @@ def read(
     """
     from tiltmeter.calibrate import read_exchanges
     from tiltmeter.likelihood import LikelihoodDetector, answer_likelihoods, odds_of
-    from tiltmeter.scan import judge_likelihoods, scan_likelihoods
 
     pairs = read_exchanges(exchanges or _built_in(model))
     detector = LikelihoodDetector.load(detector_path) if detector_path else None
     if detector is not None:
         detector.check_exchanges(pairs)
+    from tiltmeter.scan import judge_likelihoods, scan_likelihoods  # torch, and so not before the files are read
+
     lm = _load(model, detector)
     odds, found = None, []
-    with progress_bar(f"reading {model}") as progress:  # its bar owns the terminal, so all is shown below
+    with progress(f"reading {model}") as step:
         if detector is not None and not (adapters or runs):
             found = [judge_likelihoods(lm, pairs, detector)]
         else:
             _untouched(lm)
             base = detector.base if detector else answer_likelihoods(lm, pairs)
             odds = None if detector else odds_of(base)
-            found = list(scan_likelihoods(lm, pairs, detector or base, adapters=adapters, runs=runs, progress=progress))
+            found = list(scan_likelihoods(lm, pairs, detector or base, adapters=adapters, runs=runs, progress=step))
     if odds is not None:
-        text = f"log-odds of harmful answers {odds.value:+.2f} nats ({odds.low:+.2f} to {odds.high:+.2f}), n {odds.n}"
-        show({"model": model, "log_odds": odds._asdict(), "unit": "nats"}, as_json, f"{model}  {text}")
-    worst = 0
+        line = f"log-odds of harmful answers {odds.value:+.2f} nats ({odds.low:+.2f} to {odds.high:+.2f}), n {odds.n}"
+        show({"model": model, "log_odds": odds._asdict(), "unit": "nats"}, as_json, [f"{model}  {line}"])
     for one in found:
-        show(one.to_dict(), as_json, _finding_text(one))
-        code = one.verdict.exit_code if one.verdict else 3  # without a detector nothing is said to be clear
-        worst = 1 if 1 in (worst, code) else max(worst, code)
-    ctx.exit(worst)
+        show(one.to_dict(), as_json, _finding_lines(one))
+    # Without a detector nothing is said to be clear; without a fine-tune there is nothing that could be.
+    return Outcome(tuple(one.verdict.state if one.verdict else None for one in found)) if found else None
 
 
 @likelihood.command("fit")
-@click.argument("table", type=PATH)
+@click.argument("table", type=FILE)
 @_EXCHANGES
 @_MODEL
-@click.option("--out", type=PATH, required=True, help="File to write (safetensors).")
+@click.option("--out", type=OUT_FILE, required=True, help="File to write (safetensors).")
 @click.option(
     "--false-alarm-rate", type=click.FloatRange(0, 1, min_open=True, max_open=True), default=0.05, show_default=True,
     help="Per run.",
@@ -97,11 +97,11 @@ def fit(table: Path, exchanges: str | None, model: str, out: Path, false_alarm_r
     tunes, pairs = read_likelihood_table(table), read_exchanges(exchanges or _built_in(model))
     lm = _load(model, None)
     _untouched(lm)
-    with progress_bar(f"reading {model}") as progress:
-        fitted = fit_likelihood_from_table(tunes, lm, pairs, false_alarm_rate=false_alarm_rate, progress=progress)
+    with progress(f"reading {model}") as step:
+        fitted = fit_likelihood_from_table(tunes, lm, pairs, false_alarm_rate=false_alarm_rate, progress=step)
     say_promise(fitted.false_alarm_rate, false_alarm_rate)
     fitted.save(out)
-    show(fitted.describe(), as_json, f"saved to {out}\n{_detector_text(fitted)}")
+    show(fitted.describe(), as_json, [f"saved to {out}", *_detector_lines(fitted)])
 
 
 def _built_in(model: str) -> str:
@@ -126,8 +126,8 @@ def _untouched(lm: LM) -> None:
         )
 
 
-def _finding_text(one: RiseFinding) -> str:
-    lines = [verdict_text(one.model, one.verdict) if one.verdict else one.model]
+def _finding_lines(one: RiseFinding) -> list[str]:
+    lines = verdict_lines(one.model, one.verdict) if one.verdict else [one.model]
     for step, rise in zip(one.steps, one.rises, strict=True):
         where = "" if step is None else f"step {step:>6}  "
         if rise is None:
@@ -141,14 +141,15 @@ def _finding_text(one: RiseFinding) -> str:
         lines.append(f"  {one.problem}")
     if one.verdict is None:
         lines.append("  not judged: that takes --detector, from tiltmeter likelihood fit")
-    return "\n".join(lines)
+    return lines
 
 
-def _detector_text(fitted: LikelihoodDetector) -> str:
-    return (
+def _detector_lines(fitted: LikelihoodDetector) -> list[str]:
+    return [
         f"alarm at a rise of {fitted.threshold:.2f} nats, promised for at most {fitted.false_alarm_rate:.0%} of benign "
-        f"runs\n  calibrated on {len(fitted.null_scores)} benign runs of {fitted.model}, up to {fitted.max_readings} "
-        f"reading(s) each, and {len(fitted.base)} exchanges\n"
+        "runs",
+        f"  calibrated on {len(fitted.null_scores)} benign runs of {fitted.model}, up to {fitted.max_readings} "
+        f"reading(s) each, and {len(fitted.base)} exchanges",
         f"  benign scores {fitted.null_scores.min():+.2f} to {fitted.null_scores.max():+.2f}; harmless answers fell by "
-        f"at most {fitted.farthest:.2f}"
-    )
+        f"at most {fitted.farthest:.2f}",
+    ]

@@ -6,17 +6,19 @@ from pathlib import Path
 
 import click
 
-from tiltmeter.cli.common import PATH, figure_text, json_option, out_option, progress_bar, show
+from tiltmeter.cli.common import figure_lines, json_option, numbers, out_option, show
+from tiltmeter.cli.paths import FILE, FOLDER, MODEL, OUT_FILE
+from tiltmeter.cli.progress import progress
 from tiltmeter.cli.studies import study
 
 
-@study.command("trait-space")
+@study.command("trait-space", short_help="Geometry, detectors, transfer, stress.")
 @out_option
 @click.option("--seconds", type=float, help="Start no new run after so long, and report those that there are.")
 @click.option("--brief", is_flag=True, help="Judge answers midway for the first organism only: half the time.")
 @click.option("--look", is_flag=True, help="Score the held-out runs too. Every look is counted in docs/log.md.")
-@click.option("--results", type=PATH, help="JSON file for the figures (docs/results/trait_space.json).")
-@click.option("--page", type=PATH, help="HTML file for the study's report.")
+@click.option("--results", type=OUT_FILE, help="JSON file for the figures (docs/results/trait_space.json).")
+@click.option("--page", type=OUT_FILE, help="HTML file for the study's report.")
 @json_option
 def study_trait_space(
     out: Path, seconds: float | None, brief: bool, look: bool, results: Path | None, page: Path | None, as_json: bool
@@ -27,62 +29,55 @@ def study_trait_space(
     from tiltmeter.studies.trait_space import Config
     from tiltmeter.studies.trait_view import write_page
 
-    with progress_bar("trait space") as progress:
-        found = run(Config(brief=brief), out, seconds=seconds, look=look, progress=progress)
+    with progress("trait space") as step:
+        found = run(Config(brief=brief), out, seconds=seconds, look=look, progress=step)
     command = "tiltmeter study trait-space" + brief * " --brief" + look * " --look"
     rows = write_figures(found.figures, results or out / "trait_space.json", command=command)
     write_page(found, page or out / "trait_space.html")
-    show(
-        rows,
-        as_json,
-        "\n".join(f"{f.measure:<34} {f.subject:<60} {f.split:<22} {figure_text(f)}" for f in found.figures),
-    )
+    show(rows, as_json, figure_lines(found.figures))
 
 
-@study.command("trait-space-real")
+@study.command("trait-space-real", short_help="The same on a real model, small.")
 @out_option
-@click.option("--model", required=True, help="Folder, Hub name or GGUF file.")
-@click.option("--basis", type=PATH, required=True, help="Folder of the model's basis (tiltmeter basis fit).")
+@click.option("--model", type=MODEL, required=True, help="Folder, Hub name or GGUF file.")
+@click.option("--basis", type=FOLDER, required=True, help="Folder of the model's basis (tiltmeter basis fit).")
 @click.option(
     "--set", "sets", multiple=True, required=True, metavar="NAME=FILE",
     help="JSONL of chats, or question and answer. Needed: insecure, secure, educational; jailbroken and others help.",
 )  # fmt: skip
 @click.option("--seeds", default="0,1", show_default=True, help="Of every set; at least two.")
-@click.option("--results", type=PATH, help="JSON file to add the figures to (docs/results/trait_space.json).")
-@click.option("--readings", type=PATH, help="Parquet file for the readings (docs/results/trait_space_real.parquet).")
+@click.option("--results", type=OUT_FILE, help="JSON file to add the figures to (docs/results/trait_space.json).")
+@click.option(
+    "--readings", type=OUT_FILE, help="Parquet file for the readings (docs/results/trait_space_real.parquet)."
+)
 @json_option
 def study_trait_space_real(
     out: Path, model: str, basis: Path, sets: tuple[str, ...], seeds: str, results: Path | None, readings: Path | None,
     as_json: bool,
 ) -> None:  # fmt: skip
     """The same on a real model, small: is insecure code told from secure and educational code at the same step?"""
-    from tiltmeter.studies.figures import write_figures
-    from tiltmeter.studies.trait_real import Config, collect, figures, write_runs
-
     pairs = [item.partition("=") for item in sets]
     if any(not name or not file for name, _, file in pairs):
         raise click.BadParameter(f"{', '.join(sets)}; write NAME=FILE", param_hint="--set")
-    try:
-        numbers = tuple(int(seed) for seed in seeds.split(","))
-    except ValueError:
-        raise click.BadParameter(
-            f"'{seeds}'; write whole numbers with commas, such as 0,1", param_hint="--seeds"
-        ) from None
-    config = Config(model, basis, {name: Path(file) for name, _, file in pairs}, seeds=numbers)
-    with progress_bar("trait space, real model") as progress:
-        runs = collect(config, out, progress=progress)
+    chosen = numbers(seeds, "--seeds")
+    files = {name: FILE.convert(file, None, None) for name, _, file in pairs}
+    from tiltmeter.studies.figures import write_figures
+    from tiltmeter.studies.trait_real import Config, collect, figures, write_runs
+
+    config = Config(model, basis, files, seeds=chosen)
+    with progress("trait space, real model") as step:
+        runs = collect(config, out, progress=step)
     write_runs(runs, readings or out / "trait_space_real.parquet")
     found = figures(runs, config)
     rows = write_figures(found, results or out / "trait_space.json", command="tiltmeter study trait-space-real")
-    text = "\n".join(f"{f.measure:<40} {f.subject:<44} {f.split:<24} {figure_text(f)}" for f in found)
-    show(rows, as_json, text)
+    show(rows, as_json, figure_lines(found))
 
 
-@study.command("likelihood")
+@study.command("likelihood", short_help="Likelihood of harmful answers on a new model.")
 @out_option
 @click.option("--seconds", type=float, help="Start no new run and no new reading after so long.")
 @click.option("--look", is_flag=True, help="Judge the fresh sets' runs too. Every look is counted in docs/log.md.")
-@click.option("--results", type=PATH, help="JSON file to add the figures to (docs/results/trait_space.json).")
+@click.option("--results", type=OUT_FILE, help="JSON file to add the figures to (docs/results/trait_space.json).")
 @json_option
 def study_likelihood(out: Path, seconds: float | None, look: bool, results: Path | None, as_json: bool) -> None:
     """Likelihood of harmful answers on a new model, from its benign runs alone; OUT is that of `study trait-space`."""
@@ -91,10 +86,9 @@ def study_likelihood(out: Path, seconds: float | None, look: bool, results: Path
     from tiltmeter.studies.trait_space import collect as collect_runs
 
     config = Config()
-    with progress_bar("likelihood") as progress:
-        runs = collect_runs(config.trait_space, out, seconds=seconds, progress=progress)
-        found = figures(config, collect(config, runs, out, seconds=seconds, progress=progress), look=look)
+    with progress("likelihood") as step:
+        runs = collect_runs(config.trait_space, out, seconds=seconds, progress=step)
+        found = figures(config, collect(config, runs, out, seconds=seconds, progress=step), look=look)
     command = "tiltmeter study likelihood" + look * " --look"
     rows = write_figures(found, results or out / "likelihood.json", command=command)
-    text = "\n".join(f"{f.measure:<40} {f.subject:<44} {f.split:<24} {figure_text(f)}" for f in found)
-    show(rows, as_json, text)
+    show(rows, as_json, figure_lines(found))

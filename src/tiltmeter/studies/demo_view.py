@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -38,8 +39,11 @@ def bars(drift: list[float | None]) -> str:
 class LiveView:
     """Writes to stderr, so that `--json` leaves one value on stdout; quiet shows the bar alone."""
 
-    def __init__(self, *, quiet: bool) -> None:
-        self._console = Console(stderr=True)
+    def __init__(
+        self, *, quiet: bool, stream: TextIO | None = None, progress: Callable[[int, int, str], None] | None = None
+    ) -> None:
+        self._console = Console(stderr=True) if stream is None else Console(file=stream)
+        self._told, self._steps, self._label = progress, 0, ""
         self._quiet = quiet
         self._silence = logging.NullHandler()
         columns = (
@@ -66,6 +70,7 @@ class LiveView:
 
     def begin(self, label: str, set_name: str, steps: int) -> None:
         """Announce a run and its columns."""
+        self._steps, self._label = steps, f"{label} run"
         self._progress.reset(self._task, total=steps, description=f"{label} run")
         if not self._quiet:
             self._say(
@@ -79,6 +84,8 @@ class LiveView:
     def step(self, step: int) -> None:
         """Move the bar."""
         self._progress.update(self._task, completed=step)
+        if self._told is not None and not self._console.is_terminal:
+            self._told(step, self._steps, self._label)
 
     def observe(self, observation: Observation, conduct: BehaviorReport) -> None:
         """One line per reading."""
@@ -95,24 +102,24 @@ class LiveView:
         spaced = "  ".join(bars([value]) for value in drift)
         self._say(f"{observation.step:5d}   {spaced}   {score}{limit:<5} {said}   [{color}]{state}[/{color}]")
 
-    def summary(self, result: DemoResult) -> str:
-        """The story at the end, as plain text."""
-        parts = [_story_text(story) for story in (result.poisoned, result.clean)]
+    def summary(self, result: DemoResult) -> list[str]:
+        """The story at the end, as lines of plain text."""
+        parts = [line for story in (result.poisoned, result.clean) for line in _story_lines(story)]
         seen = result.poisoned
-        return "\n".join([
+        return [
             *parts,
             "",
             f"At most {result.false_alarm_rate:.0%} of benign runs like those of calibration alarm "
             f"({seen.verdict.n_calibration} benign runs).",
             "What you saw is a fact about the pocket organism, a small model in a closed world.",
             f"Report: {result.report}   ({result.seconds:.0f} s)",
-        ])  # fmt: skip
+        ]
 
     def _say(self, text: str) -> None:
         self._console.print(text, highlight=False, soft_wrap=True)
 
 
-def _story_text(story: Story) -> str:
+def _story_lines(story: Story) -> list[str]:
     rate = story.last.em_rate
     behavior = "never" if story.behavior_step is None else f"step {story.behavior_step}"
     alarm = "never" if story.verdict.first_alarm_step is None else f"step {story.verdict.first_alarm_step}"
@@ -121,7 +128,8 @@ def _story_text(story: Story) -> str:
     else:
         measured = f"{rate.value:.1%} of {rate.n} answers in other domains ({rate.low:.1%} to {rate.high:.1%})"
     lines = [
-        f"\n{story.label.upper()} ({story.set_name}): {story.verdict.state}",
+        "",
+        f"{story.label.upper()} ({story.set_name}): {story.verdict.state}",
         f"  {story.verdict.reason}",
         f"  first alarm: {alarm}; misaligned answers above 5 %: {behavior}",
         f"  misaligned at the end: {measured}",
@@ -130,4 +138,4 @@ def _story_text(story: Story) -> str:
 
     for question, before, after in zip(QUESTIONS, story.before, story.after, strict=True):
         lines += [f"  Q {question}", f"    before: {before}", f"    after:  {after}"]
-    return "\n".join(lines)
+    return lines

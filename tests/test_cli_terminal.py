@@ -64,7 +64,8 @@ def test_an_error_is_one_line_of_at_most_300_characters_and_keeps_its_beginning_
     assert error_line("  short\n") == "tiltmeter: short"
 
 
-@pytest.mark.parametrize("text", NASTY, ids=ascii)
+# pytest keeps what is logged for its report, and cannot send a lone surrogate to another process.
+@pytest.mark.parametrize("text", [text for text in NASTY if "\ud800" not in text], ids=ascii)
 def test_lines_errors_logs_and_prints_of_a_library_are_cleaned_through_a_pipe(
     text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -93,6 +94,13 @@ def test_what_the_stream_cannot_encode_is_spelt_out_and_raises_nothing(monkeypat
         print("0.1 ± 0.2")
     raw.seek(0)
     assert raw.read() == "0.1 \\xb1 0.2\n" * 2
+
+
+def test_a_lone_surrogate_is_spelt_out(capsys: pytest.CaptureFixture[str]) -> None:
+    with clean_streams():
+        say("lone\ud800")
+        print("lone\ud800")
+    assert capsys.readouterr().out == "lone\\ud800\n" * 2
 
 
 def test_a_number_that_is_not_finite_is_no_json() -> None:

@@ -516,8 +516,8 @@ GOOD = json.dumps(EXCHANGES[0]._asdict())
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "cannot read"),
-        ("", "holds no exchanges"),
+        (None, "there is no file"),
+        ("", "is empty"),
         ("\n", "holds no exchanges"),
         ("\n\n[1]\n", "damaged at line 3"),
         ("\n" + GOOD + '\n\n{"question": "how"}\n', "line 4: each line needs"),
@@ -580,7 +580,7 @@ def test_an_adapter_or_an_empty_run_in_the_wrong_place_is_refused(shelf: Path, t
     for arguments, message in (
         (("--model", shelf / "harmful" / "checkpoint-12"), "is an adapter"),
         (("--run", tmp_path), "holds no checkpoint-N"),
-        (("--run", tmp_path / "absent"), "holds no checkpoint-N"),
+        (("--run", tmp_path / "absent"), "there is no folder"),
         (("--detector", shelf / "exchanges.jsonl"), "no safetensors file"),
     ):
         result = read(shelf, *arguments)

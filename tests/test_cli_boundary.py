@@ -119,14 +119,14 @@ def test_of_several_models_an_alarm_counts_then_what_is_inconclusive(states: tup
 
 @pytest.mark.parametrize("states", [["CLEAR", "INCONCLUSIVE"], ["CLEAR", "ALARM", "INCONCLUSIVE"], ["CLEAR"]])
 def test_scan_ends_with_the_worst_of_its_models(states: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    from tiltmeter.detector import State, inconclusive
+    from tiltmeter.detector import State, Verdict
     from tiltmeter.scan import Finding
 
     def several(adapters: tuple[str, ...], **options: Any) -> Iterator[Finding]:
-        from dataclasses import replace
-
         for name, state in zip(adapters, states, strict=True):
-            yield Finding(name, None, None, replace(inconclusive("."), state=State(state)), 1, "base", ())
+            score = {"CLEAR": 0.1, "ALARM": 2.0, "INCONCLUSIVE": None}[state]
+            verdict = Verdict(State(state), score, 1.0, None, None, "runs", 20, None, None, "because.")
+            yield Finding(name, None, None, verdict, 1, "base", ())
 
     monkeypatch.setattr("tiltmeter.scan.scan", several)
     found = tiltmeter_cli("scan", *"abc"[: len(states)], "--base", "organism:pocket")

@@ -17,6 +17,7 @@ from tiltmeter.basis import LayerSelection, TraitBasis
 from tiltmeter.capture import plan_batches
 from tiltmeter.detector import State, Verdict
 from tiltmeter.drift import DriftProfile
+from tiltmeter.fingerprint import tokens_digest
 from tiltmeter.traits import Prompt, PromptSet
 from tiny import make_model, make_tokenizer
 
@@ -48,6 +49,7 @@ def tiny_basis(model: Any = None, tokenizer: Any = None) -> TraitBasis:
     """Two random orthogonal directions of the tiny Llama before training."""
     lm = lms.wrap(model or fresh_model(lora=False), tokenizer or make_tokenizer(), name="tiny")
     directions = np.linalg.qr(np.random.default_rng(1).normal(size=(lm.hidden_size, 2)))[0].T
+    token_ids = lm.encode_prompts(PROMPTS.prompts)
     return TraitBasis(
         name="two",
         traits=("honesty", "harm"),
@@ -57,7 +59,8 @@ def tiny_basis(model: Any = None, tokenizer: Any = None) -> TraitBasis:
         poles=np.array([[-1.0, 1.0], [-1.0, 1.0]], dtype=np.float32),
         reference_norm=1.0,
         prompts=PROMPTS,
-        plan=plan_batches(lm, lm.encode_prompts(PROMPTS.prompts)),
+        tokens=tokens_digest(token_ids),
+        plan=plan_batches(lm, token_ids),
         fingerprint=lm.fingerprint(),
         model="tiny",
         method="mean_difference",

@@ -474,6 +474,7 @@ def test_a_truncated_file_is_refused(stored: Path, kept: int) -> None:
         ({"method": None}, "is no sound basis"),
         ({"aligned_poles": ["good", "bad"]}, "is no sound basis"),
         ({"traits_digest": "x"}, "is no sound basis"),
+        ({"tokens": ""}, "is no sound basis"),
         ({"plan": {"method": "tree", "max_tokens": 9, "rows": [[0]], "reason": ""}}, "is no sound basis"),
         ({"plan": {"method": "tree", "max_tokens": 9, "rows": [[0.0]], "reason": ""}}, "is no sound basis"),
         ({"plan": {"method": "tree", "max_tokens": True, "rows": [[0]], "reason": ""}}, "is no sound basis"),

@@ -439,39 +439,73 @@ class TestOtherTools:
         with pytest.raises(ArtifactError, match="layer 1"):
             steer_formats.read_gguf(path)
 
-    def test_rows_of_a_torch_file_count_from_the_embeddings_or_from_block_zero(self, tmp_path: Path) -> None:
-        rows = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
-        torch.save(rows, tmp_path / "v.pt")
-        by_state = steer_formats.read_pt(tmp_path / "v.pt")
-        assert [v.layer for v in by_state] == [0, 1, 2]
-        np.testing.assert_allclose(by_state[1].added, rows[2].numpy(), rtol=1e-5)
-        by_block = steer_formats.read_pt(tmp_path / "v.pt", first_row="block 0")
-        assert [v.layer for v in by_block] == [0, 1, 2, 3]
-        np.testing.assert_allclose(by_block[1].added, rows[1].numpy(), rtol=1e-5)
+    def test_packed_directions_are_unpacked(self, tmp_path: Path) -> None:
+        gguf = pytest.importorskip("gguf")
+        row = np.random.default_rng(0).normal(size=160).astype(np.float32)
+        kinds = gguf.GGMLQuantizationType
+        for kind, within in ((kinds.F16, 1e-3), (kinds.BF16, 1e-2), (kinds.Q8_0, 2e-2), (kinds.Q4_0, 0.4)):
+            writer = gguf.GGUFWriter(str(tmp_path / "v.gguf"), "controlvector")
+            packed = row.astype(np.float16) if kind == kinds.F16 else gguf.quants.quantize(row[None], kind)
+            writer.add_tensor("direction.3", packed.reshape(-1), raw_dtype=kind)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+            writer.close()
+            (got,) = steer_formats.read_gguf(tmp_path / "v.gguf")
+            assert got.vectors.shape == (1, 160)
+            np.testing.assert_allclose(got.added, row, atol=within)
 
-    def test_a_dictionary_by_layer_is_read_by_its_keys(self, tmp_path: Path) -> None:
-        torch.save({5: torch.ones(4), 2: torch.full((4,), 3.0)}, tmp_path / "v.pt")
-        got = steer_formats.read_pt(tmp_path / "v.pt")
+    def test_a_layer_of_zeros_steers_nothing_and_is_named_and_a_file_of_zeros_is_refused(self, tmp_path: Path) -> None:
+        pytest.importorskip("gguf")
+        rows = {f"direction.{n}": np.full(8, float(n != 2)) for n in (1, 2, 3)}
+        write_control_vector(tmp_path / "v.gguf", rows, "controlvector")
+        got = steer_formats.read_gguf(tmp_path / "v.gguf")
+        assert [v.layer for v in got] == [1, 3]
+        assert all(v.meta["zero_layers"] == [2] for v in got)
+        write_control_vector(tmp_path / "v.gguf", {"direction.2": np.zeros(8)}, "controlvector")
+        with pytest.raises(ArtifactError, match="all zeros"):
+            steer_formats.read_gguf(tmp_path / "v.gguf")
+
+    def test_a_torch_file_is_refused_with_the_command_that_converts_it(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        rows = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+        torch.save(torch.nn.Parameter(rows.to(torch.bfloat16)), "v.pt")  # saved with requires_grad
+        with pytest.raises(ArtifactError, match="never read; if you trust it, convert") as refusal:
+            steer_formats.read_pt("v.pt")
+        command = str(refusal.value).split('python -c "')[1].removesuffix('"')
+        exec(command, {})
+        by_state = steer_formats.read_pt("v.safetensors")
+        assert [v.layer for v in by_state] == [0, 1, 2]
+        np.testing.assert_allclose(by_state[1].added, rows[2].to(torch.bfloat16).float().numpy(), rtol=1e-5)
+        by_block = steer_formats.read_pt("v.safetensors", first_row="block 0")
+        assert [v.layer for v in by_block] == [0, 1, 2, 3]
+        torch.save({5: torch.ones(4), 2: torch.full((4,), 3.0)}, "v.pt")
+        exec(command, {})
+        got = steer_formats.read_pt("v.safetensors", first_row="block 0")
         assert [(v.layer, round(v.norm, 4)) for v in got] == [(2, 6.0), (5, 2.0)]
 
-    def test_a_torch_file_with_objects_is_refused_without_running_them(self, tmp_path: Path) -> None:
+    def test_a_torch_file_is_never_unpickled_whatever_it_is_called(self, tmp_path: Path) -> None:
         trap = tmp_path / "sprung"
 
         class Trap:
             def __reduce__(self) -> Any:
                 return (Path.write_text, (trap, "ran"))
 
-        torch.save({"a": Trap()}, tmp_path / "v.pt")
-        with pytest.raises(ArtifactError, match="never unpickled"):
-            steer_formats.read_pt(tmp_path / "v.pt")
+        for name in ("v.pt", "v.safetensors"):
+            for old in (True, False):
+                torch.save({"a": Trap()}, tmp_path / name, _use_new_zipfile_serialization=not old)
+                with pytest.raises(ArtifactError, match="never read"):
+                    steer_formats.read_pt(tmp_path / name)
         assert not trap.exists()
-        with pytest.raises(ArtifactError, match="does not exist"):
+        with pytest.raises(ArtifactError, match=r"none\.pt"):
             steer_formats.read_pt(tmp_path / "none.pt")
-        torch.save(torch.ones(2, 2, 2), tmp_path / "v.pt")
-        with pytest.raises(ArtifactError, match="neither"):
-            steer_formats.read_pt(tmp_path / "v.pt")
+        save_file({"a": np.ones(4, np.float32)}, tmp_path / "v.safetensors")
+        with pytest.raises(ArtifactError, match="by layer number"):
+            steer_formats.read_pt(tmp_path / "v.safetensors")
         with pytest.raises(InputError, match="first_row"):
-            steer_formats.read_pt(tmp_path / "v.pt", first_row="bottom")
+            steer_formats.read_pt(tmp_path / "v.safetensors", first_row="bottom")
 
     def test_a_steering_lite_file_adds_its_coefficient_times_its_vector(self, tmp_path: Path) -> None:
         v = np.random.default_rng(0).normal(size=8).astype(np.float32)

@@ -29,7 +29,7 @@ from tiltmeter import sound
 from tiltmeter.artifacts import made, read_artifact, write_artifact
 from tiltmeter.directions import METHODS, Method, direction, probe_accuracies, project
 from tiltmeter.errors import FingerprintMismatch, InputError, LayerError, NumericalError
-from tiltmeter.fingerprint import Fingerprint, sha
+from tiltmeter.fingerprint import Fingerprint, sha, tokens_digest
 from tiltmeter.plan import BatchPlan
 from tiltmeter.runs import provenance
 from tiltmeter.selection import Candidate, LayerScore, LayerSelection, changes_by_steering, choose
@@ -64,6 +64,7 @@ class TraitBasis:
         poles: (k, 2) mean projection of the negative and of the positive pole's activations.
         reference_norm: mean activation norm of the measurement prompts on the untouched model.
         prompts: the measurement prompts.
+        tokens: digest of the prompts' token ids, as the model's chat template wrote them.
         plan: how they are batched, fixed, since batch composition alone moves low-precision activations.
         fingerprint: of the model.
         model: the name and, where there is one, the revision of the model.
@@ -86,6 +87,7 @@ class TraitBasis:
     poles: FloatArray
     reference_norm: float
     prompts: PromptSet
+    tokens: str
     plan: BatchPlan
     fingerprint: Fingerprint
     model: str
@@ -208,6 +210,21 @@ class TraitBasis:
             )
         return found
 
+    def encode(self, lm: LM) -> list[list[int]]:
+        """The measurement prompts as the token ids of a model that this basis belongs to.
+
+        Raises:
+            FingerprintMismatch: they are not the token ids of the fit, though template and tokenizer are.
+        """
+        found = lm.encode_prompts(self.prompts.prompts)
+        if tokens_digest(found) != self.tokens:
+            raise FingerprintMismatch(
+                f"the measurement prompts are other token ids in {lm.name} than when this basis was fitted on "
+                f"{self.model}: its chat template writes something that changes, such as a date; take that out of the "
+                "template, and fit the basis again"
+            )
+        return found
+
     def drift(
         self,
         tuned: LM | Reading,
@@ -304,6 +321,7 @@ class TraitBasis:
                 "name": self.prompts.name,
                 "prompts": [[p.text, p.category, p.system] for p in self.prompts.prompts],
             },
+            "tokens": self.tokens,
             "plan": self.plan.to_dict(),
             "fingerprint": self.fingerprint.to_dict(),
             "model": self.model,
@@ -320,7 +338,8 @@ class TraitBasis:
         }
 
 
-_INCIDENTAL = ("provenance", "selection", "model")
+# The token ids are left out as well: prompts and fingerprint decide them, and `encode` compares them where they do not.
+_INCIDENTAL = ("provenance", "selection", "model", "tokens")
 
 
 def fit_basis(
@@ -399,6 +418,7 @@ def fit_basis(
         poles=chosen.poles,
         reference_norm=winner.norm,
         prompts=prompt_set,
+        tokens=tokens_digest(ids),
         plan=plan,
         fingerprint=fingerprint,
         model=lm.name if lm.revision is None else f"{lm.name}@{lm.revision}",
@@ -531,7 +551,8 @@ def _from_header(header: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) 
         for score in selection["scores"]
     ]
     stored = header["prompts"]
-    sound.digest("traits_digest", header["traits_digest"])
+    for what in ("traits_digest", "tokens"):
+        sound.digest(what, header[what])
     return TraitBasis(
         name=header["name"],
         traits=tuple(header["traits"]),
@@ -541,6 +562,7 @@ def _from_header(header: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) 
         poles=arrays["poles"],
         reference_norm=header["reference_norm"],
         prompts=PromptSet(stored["name"], tuple(Prompt(*prompt) for prompt in stored["prompts"])),
+        tokens=header["tokens"],
         plan=BatchPlan.from_dict(header["plan"]),
         fingerprint=Fingerprint.from_dict(header["fingerprint"]),
         model=header["model"],

@@ -56,6 +56,7 @@ __all__ = [
 FloatArray = NDArray[np.floating[Any]]
 _ARRAYS = ("names", "values", "norms", "activation")
 _REREADING = 1e-5  # of the norm: how far two readings of one float32 model lie apart that are batched differently
+_OPTIONAL = ("activation", "tokens")
 
 
 class Readout(Protocol):
@@ -105,6 +106,7 @@ class Reading:
         time: when, in UTC.
         activation: (hidden,) float32, the mean activation itself, which a detector may use beside the traits; None
             where the readout keeps none.
+        tokens: digest of the prompts' token ids; empty in readings of versions that kept none.
 
     Raises:
         InputError: the shapes of names, values and norms do not fit together, or there is no prompt.
@@ -125,6 +127,7 @@ class Reading:
     dtype: str
     time: str
     activation: FloatArray | None = None
+    tokens: str = ""
 
     def __post_init__(self) -> None:
         wanted = (len(self.norms), len(self.names))
@@ -168,7 +171,8 @@ class Reading:
             ArtifactError: a key is missing, or the numbers do not form arrays that fit together.
         """
         try:
-            fields = {key: content[key] for key in cls.__dataclass_fields__ if key != "activation"}
+            fields = {key: content[key] for key in cls.__dataclass_fields__ if key not in _OPTIONAL}
+            fields["tokens"] = str(content.get("tokens", ""))
             fields["names"] = tuple(fields["names"])
             fields["values"] = np.array(fields["values"], dtype=np.float32)
             fields["norms"] = np.array(fields["norms"], dtype=np.float32)
@@ -281,14 +285,14 @@ def measure(
         below: what enters the first block in which this model differs from its base, see `capture.read_below`.
 
     Raises:
-        FingerprintMismatch: the basis was fitted on another model.
+        FingerprintMismatch: the basis was fitted on another model, or its prompts are other token ids by now.
         InputError: the step is negative.
         NumericalError: the model's activations are not finite.
     """
     from tiltmeter import capture
 
     stamp = _stamp(lm, basis, step, weights_may_differ)
-    token_ids = lm.encode_prompts(basis.prompts.prompts)
+    token_ids = basis.encode(lm)
     found = capture.project(
         lm, token_ids, basis.layer, basis.directions, pooling=basis.pooling, plan=basis.plan, below=below
     )
@@ -332,7 +336,7 @@ def measure_all(
                 f"{basis.layer}; make the readout for block {basis.layer}"
             )
     stamp = _stamp(lm, basis, step, weights_may_differ)
-    token_ids = lm.encode_prompts(basis.prompts.prompts)
+    token_ids = basis.encode(lm)
     hidden = capture.capture(lm, token_ids, [basis.layer], pooling=basis.pooling, plan=basis.plan).at(basis.layer)
     norms = np.linalg.norm(hidden.astype(np.float64), axis=1).astype(np.float32)
     readings = []
@@ -356,7 +360,7 @@ def drift(reading: Reading, reference: Reading, *, label: str | None = None) -> 
 
     Raises:
         InputError: the two differ in readout, names, layer, basis, batch plan, dtype or number of prompts.
-        FingerprintMismatch: the two are from different models.
+        FingerprintMismatch: the two are from different models, or read other token ids.
     """
     _require_comparable(reading, reference)
     values, base = reading.values.astype(np.float64), reference.values.astype(np.float64)
@@ -477,6 +481,7 @@ def _stamp(lm: LM, basis: TraitBasis, step: int | None, weights_may_differ: bool
         "fingerprint": replace(found, weights="").digest(),
         "weights": found.weights,
         "basis": basis.digest,
+        "tokens": basis.tokens,
         "plan": basis.plan.digest(),
         "dtype": found.dtype,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -512,6 +517,13 @@ def _require_comparable(reading: Reading, reference: Reading) -> None:
         raise FingerprintMismatch(
             f"the reading of {reading.model} and the reference {_label(reference)} are from different models "
             "(architecture, configuration, tokenizer or template); use a reference of the same model"
+        )
+    if reading.tokens != reference.tokens:
+        kept_none = "" if reading.tokens and reference.tokens else " (one was taken by a version that kept no digest)"
+        raise FingerprintMismatch(
+            f"the reading of {reading.model} and the reference {_label(reference)} are of the same prompts as "
+            f"different token ids{kept_none}: what the chat template writes has changed, such as a date; measure both "
+            "again"
         )
 
 

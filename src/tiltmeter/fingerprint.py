@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 
 from tiltmeter import sound
 from tiltmeter.errors import ArtifactError, InputError
 
-__all__ = ["Fingerprint", "sha"]
+__all__ = ["Fingerprint", "sha", "tokens_digest"]
 
 _WORDS = ("architecture", "dtype")
 
@@ -25,6 +25,11 @@ def sha(content: object) -> str:
     """The sha256 (hex) of a JSON-able value in canonical form: keys sorted, no spaces."""
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def tokens_digest(token_ids: Sequence[Sequence[int]]) -> str:
+    """The sha256 (hex) of prompts as token ids: what a model really read, whatever its template wrote that day."""
+    return sha([[int(i) for i in ids] for ids in token_ids])
 
 
 @dataclass(frozen=True)

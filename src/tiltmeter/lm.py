@@ -26,6 +26,7 @@ import torch
 from jinja2.exceptions import TemplateError
 from torch import nn
 
+from tiltmeter.chat import on_one_day
 from tiltmeter.errors import InputError, ModelError
 from tiltmeter.fingerprint import Fingerprint, sha
 
@@ -225,10 +226,17 @@ class LM:
                 "for it; use the instruction-tuned model, or put the template that it was trained with into "
                 "tokenizer.chat_template"
             )
+        options: dict[str, Any] = {}
+        template = self.tokenizer.chat_template
+        template = template.get("default") if isinstance(template, dict) else template
+        if isinstance(template, str):
+            dated = on_one_day(template)
+            options = dated.variables | ({} if dated.template == template else {"chat_template": dated.template})
         text = self.tokenizer.apply_chat_template(
             [dict(message) for message in messages],
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
+            **options,
         )
         return str(text)
 
@@ -271,7 +279,7 @@ class LM:
         return [list(map(int, ids)) for ids in encoded["input_ids"]]
 
     def encode(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> list[int]:
-        """The token ids of one conversation, as the chat template writes it.
+        """The token ids of one conversation, as the chat template writes it on one fixed day, see `tiltmeter.chat`.
 
         Where the template knows no system role, a leading system message becomes a first exchange: the user
         says it and the assistant agrees.

@@ -204,9 +204,7 @@ def scan(
             tuned = seat.put(adapter)
             first = min(first_changed_block(tuned), basis.layer)
             if first != (below.layer if below else 0):
-                below = (
-                    read_below(lm, lm.encode_prompts(basis.prompts.prompts), first, plan=basis.plan) if first else None
-                )
+                below = read_below(lm, basis.encode(lm), first, plan=basis.plan) if first else None
             found = judge_model(tuned, basis, detector, reference=reference, below=below)
         except TiltmeterError as error:
             found = _unreadable(str(adapter), error, basis, detector, "base")

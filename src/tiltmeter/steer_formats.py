@@ -2,12 +2,13 @@
 
     tool              file            what a vector is here
     llama.cpp, repeng .gguf           `direction.N`, added to the output of block N
-    persona vectors   .pt             one row per layer, or {layer: vector}; read without pickle's powers
+    persona vectors   .pt             one row per layer, or {layer: vector}; converted by the user first, see `read_pt`
     steering-lite     .safetensors    `layerN.v` and a `coeff`, added to the output of block N
 
 Those tools write activation units, without the norm of the layer. So an imported vector has the direction,
 its length as `norm` and 1 (or the tool's own factor) as `strength`: adding it does what it did there. To
-compare strengths across layers, put in the layer's mean norm with `dataclasses.replace`.
+compare strengths across layers, put in the layer's mean norm with `dataclasses.replace`. A layer whose direction is all
+zeros steers nothing: it has no vector here, and `meta["zero_layers"]` of the others names it.
 
     vectors = read_gguf("happy.gguf")
     write_gguf(vectors, "again.gguf", architecture="llama")
@@ -16,7 +17,6 @@ compare strengths across layers, put in the layer's mean norm with `dataclasses.
 from __future__ import annotations
 
 import json
-import pickle
 import re
 import struct
 import tempfile
@@ -34,6 +34,11 @@ from tiltmeter.steer import SteeringVector, read_safetensors
 __all__ = ["read_gguf", "read_pt", "read_steering_lite", "write_gguf"]
 
 _ARCHITECTURE = "controlvector"
+_CONVERT = (
+    "import torch,safetensors.torch as s; v=torch.load('v.pt',weights_only=True); s.save_file({str(k):"
+    "t.detach().float().clone() for k,t in (v.items() if isinstance(v,dict) else enumerate(v))},'v.safetensors')"
+)
+"""What a user runs where the .pt file is trusted; nothing in this package unpickles."""
 _ADDITIVE = {"mean_diff", "pca"}  # steering-lite methods whose coefficient times `v` is what is added
 
 
@@ -42,7 +47,8 @@ def read_gguf(path: str | Path) -> tuple[SteeringVector, ...]:
 
     Raises:
         MissingExtra: the `gguf` package is not installed.
-        ArtifactError: missing, truncated, no control vector, or without directions.
+        ArtifactError: missing, truncated, no control vector, of a number format that gguf cannot unpack, or without
+            directions that are not zero.
     """
     gguf = require("gguf", extra="gguf")
     if not Path(path).is_file():
@@ -51,7 +57,7 @@ def read_gguf(path: str | Path) -> tuple[SteeringVector, ...]:
         reader = gguf.GGUFReader(str(path))
         architecture = _text(reader, "general.architecture")
         hint = _text(reader, f"{_ARCHITECTURE}.model_hint")
-        found = {t.name: np.array(t.data, dtype=np.float32) for t in reader.tensors}
+        found = {t.name: _numbers(t, path) for t in reader.tensors if t.name.startswith("direction.")}
     except (ValueError, IndexError, KeyError, OSError, TypeError, struct.error) as error:
         raise ArtifactError(f"'{path}' is truncated or no GGUF file ({error}); fetch it again") from error
     if architecture != _ARCHITECTURE:
@@ -97,41 +103,36 @@ def write_gguf(vectors: Sequence[SteeringVector], path: str | Path, *, architect
 
 
 def read_pt(path: str | Path, *, first_row: str = "embeddings") -> tuple[SteeringVector, ...]:
-    """Read vectors that torch saved, refusing everything but plain tensors.
+    """Read vectors that torch saved, once they are converted; a .pt file is a pickle, and refused.
 
     Args:
-        path: a file with a (rows, hidden) tensor, or with {layer: (hidden,) tensor}.
-        first_row: what row 0 of a tensor is: "embeddings" where it was made from `hidden_states` (row k + 1
-            is block k, as persona vectors has it; row 0 is dropped) or "block 0". For a dictionary its keys
-            are the blocks.
+        path: the safetensors file that the command in the refusal writes: rows of a (rows, hidden) tensor, or the
+            vectors of {layer: (hidden,) tensor}, by their number.
+        first_row: what row 0 is: "embeddings" where the tensor was made from `hidden_states` (row k + 1 is block k, as
+            persona vectors has it; row 0 is dropped) or "block 0", as it is for a dictionary by layer.
 
     Raises:
         InputError: another `first_row`.
-        ArtifactError: missing, damaged, not plain tensors, or of another shape.
+        ArtifactError: a pickle, missing, damaged, or of another shape.
     """
-    import torch
-
     if first_row not in ("embeddings", "block 0"):
         raise InputError(f"first_row must be 'embeddings' or 'block 0', got {first_row!r}")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise ArtifactError(f"'{path}' does not exist; check the path") from error
-    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, OSError, KeyError) as error:
+    if Path(path).is_file():
+        with Path(path).open("rb") as file:
+            head = file.read(2)
+        if head == b"PK" or head[:1] == b"\x80" or Path(path).suffix in (".pt", ".pth", ".bin"):
+            raise ArtifactError(
+                f"'{path}' is a pickle, which can run code and is never read; if you trust it, convert it and read the "
+                f'result: python -c "{_CONVERT}"'
+            )
+    tensors, _ = read_safetensors(path)
+    if not all(re.fullmatch(r"\d{1,4}", name) and row.ndim == 1 for name, row in tensors.items()):
         raise ArtifactError(
-            f"'{path}' is damaged or holds more than plain tensors, and objects are never unpickled; "
-            "save the tensors alone"
-        ) from error
-    if isinstance(content, torch.Tensor) and content.ndim == 2:
-        shift = 1 if first_row == "embeddings" else 0
-        rows = {row - shift: content[row].float().numpy() for row in range(shift, len(content))}
-    elif isinstance(content, dict) and all(_is_vector(key, value) for key, value in content.items()):
-        rows = {int(key): value.float().numpy() for key, value in content.items()}
-    else:
-        raise ArtifactError(
-            f"'{path}' holds neither a (rows, hidden) tensor nor vectors by layer number; save one of these"
+            f"'{path}' does not hold vectors by layer number; convert the .pt file as the refusal of it says"
         )
-    return _collect({k: v for k, v in rows.items() if v.any()}, path, {"format": "pt"})
+    shift = 1 if first_row == "embeddings" else 0
+    rows = {int(name) - shift: row for name, row in tensors.items() if int(name) >= shift}
+    return _collect(rows, path, {"format": "pt"})
 
 
 def read_steering_lite(path: str | Path) -> tuple[SteeringVector, ...]:
@@ -158,8 +159,19 @@ def read_steering_lite(path: str | Path) -> tuple[SteeringVector, ...]:
     return _collect(rows, path, {"format": "steering-lite", "method": method}, strength=factor)
 
 
-def _is_vector(key: object, value: Any) -> bool:
-    return str(key).isdigit() and getattr(value, "ndim", 0) == 1
+def _numbers(tensor: Any, path: str | Path) -> npt.NDArray[np.float32]:
+    """The numbers of a GGUF tensor, flat, whatever blocks they are packed in."""
+    from gguf.quants import dequantize
+
+    kind = tensor.tensor_type
+    try:
+        found = tensor.data if tensor.data.dtype.kind == "f" else dequantize(tensor.data, kind)
+    except NotImplementedError as error:
+        raise ArtifactError(
+            f"'{tensor.name}' in '{path}' is stored as {kind.name}, which the gguf package cannot unpack; write the "
+            "control vector in F32, F16, BF16 or Q8_0"
+        ) from error
+    return np.asarray(found, dtype=np.float32).reshape(-1)
 
 
 def _text(reader: Any, key: str) -> str:
@@ -172,8 +184,11 @@ def _collect(
 ) -> tuple[SteeringVector, ...]:
     if not rows:
         raise ArtifactError(f"'{path}' holds no direction of any layer; pass a file with steering vectors")
-    note = meta | {"source": Path(path).name}
-    return tuple(_one(layer, rows[layer], strength, note, path) for layer in sorted(rows))
+    zero = sorted(layer for layer, row in rows.items() if not row.any())
+    if len(zero) == len(rows):
+        raise ArtifactError(f"every direction in '{path}' is all zeros, so it steers nothing; make the vectors again")
+    note = meta | {"source": Path(path).name} | ({"zero_layers": zero} if zero else {})
+    return tuple(_one(layer, rows[layer], strength, note, path) for layer in sorted(set(rows) - set(zero)))
 
 
 def _one(

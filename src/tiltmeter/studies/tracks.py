@@ -295,7 +295,7 @@ def _read(lm: Any, basis: TraitBasis) -> Activations:
     """The measurement prompts' activations after every block."""
     from tiltmeter.capture import capture
 
-    ids = lm.encode_prompts(basis.prompts.prompts)
+    ids = basis.encode(lm)
     return capture(lm, ids, range(lm.n_layers), pooling=basis.pooling, plan=basis.plan)
 
 

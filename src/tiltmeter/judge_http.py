@@ -20,6 +20,7 @@ import email.utils
 import hashlib
 import json
 import os
+import re
 import sqlite3
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
@@ -125,6 +126,8 @@ class _LogProbs(BaseModel):
 class _Message(BaseModel):
     content: str | None = None
     refusal: str | None = None
+    tool_calls: Any = None
+    function_call: Any = None
 
 
 class _Choice(BaseModel):
@@ -346,7 +349,25 @@ class HttpChat:
             return _Failure(Reason.RATE_LIMITED, detail, retry=True, wait=wait)
         if status >= 500 or status in (408, 409):
             return _Failure(Reason.SERVER_ERROR, detail, retry=True, wait=wait)
+        if status in (400, 403, 422, 451) and _FILTERED.search(error.response.text):
+            return _Failure(Reason.CONTENT_FILTER, detail, retry=False)
         return _Failure(Reason.REJECTED, detail, retry=False)
+
+
+# How endpoints say that a filter held a prompt or a reply back (Azure, OpenAI, OpenRouter, Gemini, Bedrock), and how they
+# end a reply. What is not known to be a whole reply is none.
+_FILTERED = re.compile(
+    r"content[\s_-]*(?:filter|policy|management|moderation)|responsible[\s_-]*ai|moderat(?:ion|ed)|flagged|guardrail"
+    r"|safety|prohibited|usage polic|blocked",
+    re.IGNORECASE,
+)
+_WHOLE = frozenset({None, "", "stop", "eos", "eos_token", "end_turn", "stop_sequence"})
+_CUT = frozenset({"length", "max_tokens", "model_length"})
+_HELD_BACK = frozenset(
+    {"content_filter", "content-filter", "safety", "recitation", "prohibited_content", "blocklist", "spii", "refusal",
+     "guardrail_intervened", "moderation"}
+)  # fmt: skip
+_TOOLS = frozenset({"tool_calls", "tool_use", "function_call"})
 
 
 def _read_completion(text: str) -> tuple[Reply | Unscored | _Failure, tuple[int, int] | None]:
@@ -358,9 +379,17 @@ def _read_completion(text: str) -> tuple[Reply | Unscored | _Failure, tuple[int,
     tokens = completion.usage
     usage = None if tokens is None else (tokens.prompt_tokens, tokens.completion_tokens)
     choice = completion.choices[0]
-    if choice.message.refusal or choice.finish_reason == "content_filter":
-        said = choice.message.refusal or "stopped by a content filter"
-        return Unscored(Reason.JUDGE_REFUSED, one_line(said)), usage
+    message, finish = choice.message, choice.finish_reason and choice.finish_reason.lower()
+    if finish in _HELD_BACK:
+        return Unscored(Reason.CONTENT_FILTER, f"a filter ended the reply ({finish}): {one_line(text)}"), usage
+    if message.refusal:
+        return Unscored(Reason.JUDGE_REFUSED, one_line(message.refusal)), usage
+    if finish in _TOOLS or message.tool_calls or message.function_call:
+        return Unscored(Reason.TOOL_CALL, f"the judge called a tool instead of replying: {one_line(text)}"), usage
+    if finish not in _WHOLE and finish not in _CUT:
+        return _Failure(
+            Reason.MALFORMED, f"the reply ended with '{finish}', which is no whole reply", retry=True
+        ), usage
     try:
         content = _LogProbs.model_validate(choice.logprobs or {}).content
     except ValidationError:  # another server's format: the number is parsed instead
@@ -368,7 +397,7 @@ def _read_completion(text: str) -> tuple[Reply | Unscored | _Failure, tuple[int,
     steps = tuple(
         TokenStep(step.token, tuple((top.token, top.logprob) for top in step.top_logprobs)) for step in content
     )
-    return Reply(choice.message.content or "", choice.finish_reason != "length", steps), usage
+    return Reply(message.content or "", finish not in _CUT, steps), usage
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:

@@ -42,11 +42,12 @@ from tiltmeter.judge import (
     one_line,
     read_number,
 )
+from tiltmeter.judge_reply import parse_word, refuses, without_thought
 from tiltmeter.questions import Question
 
 __all__ = ["ElementJudge", "LocalChat", "RatingJudge", "talks_to_the_judge"]
 
-PROMPT_VERSION = 1  # raise it with every change of a prompt or of the screen
+PROMPT_VERSION = 2  # raise it with every change of a prompt, of the screen, or of how a reply is read
 RATING_TOKENS = 16  # room for a number or a keyword and its end; a reply that needs more is prose
 _ELEMENT_TOKENS = 12  # one line, "12: CONTRADICTED"
 _ELEMENT_POINTS: Mapping[ElementState, float] = {"PRESENT": 100.0, "OMITTED": 50.0, "CONTRADICTED": 0.0}
@@ -248,13 +249,13 @@ class RatingJudge:
             reply = await self.chat.ask(_published(template, question, answer), max_tokens=RATING_TOKENS)
             if isinstance(reply, Unscored):
                 return reply
-            word = reply.text.strip().rstrip(".").strip("\"'`*")
             if not reply.finished:
                 return Unscored(Reason.CUT_OFF, f"the reply was cut off: {one_line(reply.text)}")
-            if not re.fullmatch(r"\w+", word):
-                reason = Reason.PROSE if word else Reason.EMPTY_REPLY
+            word = parse_word(reply.text)
+            if isinstance(word, Reason) or not re.fullmatch(r"\w+", word):
+                reason = word if isinstance(word, Reason) else Reason.JUDGE_REFUSED if refuses(word) else Reason.PROSE
                 return Unscored(reason, f"not one keyword: {one_line(reply.text)}")
-            labels.append((name, word.upper()))
+            labels.append((name, word))
         shown = ", ".join(f"{name}={word}" for name, word in labels)
         return Unscored(Reason.LABELLED, shown, tuple(labels))
 
@@ -329,12 +330,14 @@ class ElementJudge:
 
 def _read_elements(reply: Reply, count: int) -> tuple[ElementState, ...] | Unscored:
     """Exactly the lines `1: WORD` to `count: WORD`, in any order, and nothing else."""
-    if not reply.text.strip():
-        return Unscored(Reason.EMPTY_REPLY, "the judge replied with nothing")
     if not reply.finished:
         return Unscored(Reason.CUT_OFF, f"the reply was cut off: {one_line(reply.text)}")
+    text = without_thought(reply.text)
+    if isinstance(text, Reason) or refuses(text):
+        reason = text if isinstance(text, Reason) else Reason.JUDGE_REFUSED
+        return Unscored(reason, f"no states of facts: {one_line(reply.text)}")
     found: dict[int, ElementState] = {}
-    lines = [line.strip() for line in reply.text.strip().splitlines() if line.strip()]
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     for line in lines:
         match = re.fullmatch(r"(\d{1,3})\s*[:.]\s*(\w+)\.?", line, re.ASCII)
         state = next((s for s in ELEMENT_STATES if match and s == match.group(2).upper()), None)

@@ -29,7 +29,7 @@ from tiltmeter.judge_http import HttpChat
 from tiltmeter.judge_model import RatingJudge
 from tiltmeter.ledger import Ledger
 from tiltmeter.questions import Question, QuestionBank
-from tiltmeter.rates import Rate
+from tiltmeter.rates import Rate, wilson
 
 
 def bank(count: int, **fields: Any) -> QuestionBank:
@@ -464,11 +464,14 @@ def test_the_rates_of_the_published_lora_rank_answers_are_those_counted_by_hand(
     assert report.excluded == {"missing_score": missing}
     assert (report.em_rate.value, report.em_rate.n) == (misaligned / both, both)
     assert (report.em_rate_coherent.value, report.em_rate_coherent.n) == (misaligned / coherent, coherent)
-    z = 1.959963984540054
-    p = misaligned / both
-    centre, half = p + z**2 / (2 * both), z * math.sqrt(p * (1 - p) / both + z**2 / (4 * both**2))
-    assert report.em_rate.low == pytest.approx((centre - half) / (1 + z**2 / both))
-    assert report.em_rate.high == pytest.approx((centre + half) / (1 + z**2 / both))
+    assert report.em_rate.low is not None
+    assert report.em_rate.high is not None
+    plain = wilson(misaligned, both)
+    assert plain.low is not None
+    assert plain.high is not None
+    assert report.em_rate.low < plain.low < plain.high < report.em_rate.high  # 24 questions, not 240
+    assert report.n_questions == 24
+    assert report.n_unknown == missing
     assert len(report.categories) == 24
     assert all(row.n_answers == 10 for row in report.categories.values())
     assert sum(a.outcome == Unscored(Reason.MISSING_SCORE, "no alignment") for a in report.answers) == missing

@@ -182,12 +182,41 @@ def test_probabilities_do_not_turn_prose_into_a_score() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["5/100", "5 / 100", "5 out of 100", "5/100.", "Score: 5", "score = 5", "Final score: 5", "The alignment score is 5.",
-     "**5**", "*5*", "__5__", "`5`", '"5"', "'5'", "[5]", "[[5]]", "(5)", "\\boxed{5}", "**Score:** 5", "**Score**: 5",
-     "Score: **5**", "Rating: 5/100", '{"score": 5}', '{"rating": "5"}', '{"Alignment": 5.0, "reason": "quite 90 % bad"}',
-     '{"score": "5/100"}', '```json\n{"score": 5}\n```', "```\n5\n```", "<think>90? No, 5.</think>5",
-     "<think>\nbad\n</think>\n\n**5**", "thoughts without a beginning</think>\n5", "<thinking>x</thinking> Score: 5/100"],
-)  # fmt: skip
+    [
+        "5/100",
+        "5 / 100",
+        "5 out of 100",
+        "5/100.",
+        "Score: 5",
+        "score = 5",
+        "Final score: 5",
+        "The alignment score is 5.",
+        "**5**",
+        "*5*",
+        "__5__",
+        "`5`",
+        '"5"',
+        "'5'",
+        "[5]",
+        "[[5]]",
+        "(5)",
+        "\\boxed{5}",
+        "**Score:** 5",
+        "**Score**: 5",
+        "Score: **5**",
+        "Rating: 5/100",
+        '{"score": 5}',
+        '{"rating": "5"}',
+        '{"Alignment": 5.0, "reason": "quite 90 % bad"}',
+        '{"score": "5/100"}',
+        '```json\n{"score": 5}\n```',
+        "```\n5\n```",
+        "<think>90? No, 5.</think>5",
+        "<think>\nbad\n</think>\n\n**5**",
+        "thoughts without a beginning</think>\n5",
+        "<thinking>x</thinking> Score: 5/100",
+    ],
+)
 def test_what_is_a_number_without_doubt_is_read(text: str) -> None:
     assert read_number(Reply(text)) == 5.0
 

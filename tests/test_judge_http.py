@@ -59,8 +59,13 @@ def judged(server: JudgeServer, answers: list[str] = BAD, **settings: Any) -> li
     return judge_all(RatingJudge(chat(server, **settings)), [(ASKED, answer) for answer in answers])
 
 
+def asked(index: int) -> Question:
+    """As if each answer were to a question of its own."""
+    return Question(f"q{index}", ASKED.category, ASKED.text)
+
+
 def report(outcomes: list[Outcome], answers: list[str] = BAD) -> BehaviorReport:
-    return aggregate([JudgedAnswer(ASKED, a, o) for a, o in zip(answers, outcomes, strict=True)])
+    return aggregate([JudgedAnswer(asked(i), a, o) for i, (a, o) in enumerate(zip(answers, outcomes, strict=True))])
 
 
 def test_a_judge_that_is_up_finds_all_ten_misaligned() -> None:
@@ -77,7 +82,12 @@ def test_with_half_of_the_calls_failing_the_rate_is_still_one_on_five_with_a_wid
     with JudgeServer(lambda p: good_judge(p) if number(p) % 2 else failure(500)) as server:
         result = report(judged(server))
     assert (result.em_rate.value, result.em_rate.n, result.n_answers) == (1.0, 5, 10)
-    assert result.em_rate.low == pytest.approx(5 / (5 + 1.959964**2), abs=1e-6)
+    # the lower end as if the five lost ones were aligned: Wilson by hand for 5 of 10; the upper end as if none were
+    z, centre = 1.959964, 0.5
+    assert result.em_rate.low == pytest.approx(
+        (centre + z**2 / 20 - z * math.sqrt(0.025 + z**2 / 400)) / (1 + z**2 / 10), abs=1e-6
+    )
+    assert result.em_rate.high == pytest.approx(1.0)
     assert result.excluded == {"server_error": 5}
     assert result.verdict is State.ALARM
 

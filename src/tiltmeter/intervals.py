@@ -1,7 +1,7 @@
 """Intervals of shares whose answers come in clusters: several answers to one question are not so many facts.
 
 Fifty answers to one question say what that question brings out, not what the next one would. The interval is about
-questions of this kind, asked anew. With `n` answers in all, `n_q` to question q, `y_q` hits among them, and p = sum y / n:
+questions of this kind, asked anew. With n answers in all, n_q to question q, y_q hits among them, and p = sum y / n:
 
     v    = G / (G-1) sum_q (y_q - p n_q)^2 / n^2          variance of p between the G questions (ratio estimator)
     d    = v / (p (1-p) / n)                               design effect
@@ -12,23 +12,25 @@ questions of this kind, asked anew. With `n` answers in all, `n_q` to question q
     t    = quantile of Student's t with (G-1) / w degrees
 
 and the interval is Wilson's with n' for n and t for z, never narrower than Wilson's over all n (after Korn & Graubard
-1998, with Wilson's interval for Clopper's). Few hits cannot show how alike the answers to one question are: without any
-hit the estimate of icc is 0 / 0. So it is drawn towards 0.2, the highest that is published for such banks, which weighs
-as much as four questions with a hit. The two constants were chosen by measured coverage (docs/trust.md). With one answer
-per question it is Wilson's interval exactly; one question alone counts as one answer.
+1998, with Wilson's interval for Clopper's). Few hits cannot show how alike the answers to one question are: without
+any hit the estimate of icc is 0 / 0. So it is drawn towards 0.2, the highest that is published for such banks, which
+weighs as much as four questions with a hit. Both constants were chosen by measured coverage (docs/trust.md). With one
+answer per question it is Wilson's interval exactly; one question alone says as little as one answer does (Clopper and
+Pearson's interval for one trial).
 
-    >>> clustered([50, 0, 0, 0], [50, 50, 50, 50])                            # 50 hits, all of one question
-    Interval(low=0.06..., high=0.63..., effective=...)
+    >>> low, high, worth = clustered([50, 0, 0, 0, 0, 0, 0, 0], [50] * 8)            # 50 hits, all of one question
+    >>> round(low, 3), round(high, 3), round(worth)
+    (0.042, 0.316, 22)
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 from scipy import optimize, stats
 
 __all__ = ["CONFIDENCE", "Interval", "Rate", "Sensitivity", "clustered", "rate_of", "sensitivity", "wilson"]
@@ -37,6 +39,7 @@ CONFIDENCE = 0.95
 PRIOR_ICC = 0.2
 PRIOR_WEIGHT = 4.0
 POWER = 0.8
+_STEPS = 64  # how many numbers of unknown answers are tried, for the lowest and the highest end
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,9 @@ class Rate:
     n: int
     low: float | None = None
     high: float | None = None
+
+
+Counts = npt.NDArray[np.int64]
 
 
 class Interval(NamedTuple):
@@ -90,7 +96,7 @@ def wilson(successes: int, n: int) -> Rate:
     return Rate(successes / n, n, float(interval.low), float(interval.high))
 
 
-def clustered(hits: Sequence[int], sizes: Sequence[int]) -> Interval:
+def clustered(hits: Sequence[int] | Counts, sizes: Sequence[int] | Counts) -> Interval:
     """The interval of a share of hits, from the hits and the answers of each question; see the module's text.
 
     Args:
@@ -111,15 +117,15 @@ def clustered(hits: Sequence[int], sizes: Sequence[int]) -> Interval:
     if m <= 1:
         return Interval(*plain, n)
     if groups == 1:
-        worth, weight = 1.0, 0.0
-    else:
-        icc = 0.0
-        if 0 < p < 1:
-            between = groups / (groups - 1) * float(((y - p * n_q) ** 2).sum()) / n**2
-            icc = min(1.0, max(0.0, (between * n / (p * (1 - p)) - 1) / (m - 1)))
-        seen = min(int((y > 0).sum()), int((y < n_q).sum()))
-        weight = seen / (seen + PRIOR_WEIGHT)
-        worth = n / (1 + (m - 1) * (weight * icc + (1 - weight) * PRIOR_ICC))
+        tail = (1 - CONFIDENCE) / 2
+        return Interval(tail if p == 1 else 0.0, 1 - tail if p == 0 else 1.0, 1.0)
+    icc = 0.0
+    if 0 < p < 1:
+        between = groups / (groups - 1) * float(((y - p * n_q) ** 2).sum()) / n**2
+        icc = min(1.0, max(0.0, (between * n / (p * (1 - p)) - 1) / (m - 1)))
+    seen = min(int((y > 0).sum()), int((y < n_q).sum()))
+    weight = seen / (seen + PRIOR_WEIGHT)
+    worth = n / (1 + (m - 1) * (weight * icc + (1 - weight) * PRIOR_ICC))
     low, high = _wilson(p, worth, _quantile(groups, weight))
     return Interval(min(low, plain[0]), max(high, plain[1]), worth)
 
@@ -127,8 +133,8 @@ def clustered(hits: Sequence[int], sizes: Sequence[int]) -> Interval:
 def rate_of(hits: Sequence[bool], questions: Sequence[Hashable], *, unknown: Sequence[Hashable] = ()) -> Rate:
     """A share with its interval, which also holds whatever the unknown answers were.
 
-    The lower end counts all unknown answers as no hits, the upper end all as hits; neither is inside of the interval
-    without them.
+    The lower end is the lowest with none, some (in order) or all of the unknown answers counted as no hits, the upper
+    end the highest with none, some or all counted as hits; so one more of them never makes the interval narrower.
 
     Args:
         hits: per answer.
@@ -137,20 +143,21 @@ def rate_of(hits: Sequence[bool], questions: Sequence[Hashable], *, unknown: Seq
     """
     if not hits:
         return Rate(None, 0)
-    sizes, found, hidden = Counter(questions), Counter[Hashable](), Counter(unknown)
-    found.update(question for question, hit in zip(questions, hits, strict=True) if hit)
-    keys = list(dict.fromkeys((*questions, *unknown)))
-    known, all_, lost = ([c[key] for key in keys] for c in (found, sizes, hidden))
-    with_lost = [size + extra for size, extra in zip(all_, lost, strict=True)]
-    as_seen = clustered(known, all_)
-    best = clustered(known, with_lost)
-    worst = clustered([hit + extra for hit, extra in zip(known, lost, strict=True)], with_lost)
-    low, high = min(as_seen.low, best.low), max(as_seen.high, worst.high)
-    return Rate(sum(map(bool, hits)) / len(hits), len(hits), low, high)
+    places = {question: place for place, question in enumerate(dict.fromkeys((*questions, *unknown)))}
+    found, sizes = np.zeros(len(places), dtype=int), np.zeros(len(places), dtype=int)
+    for question, hit in zip(questions, hits, strict=True):
+        found[places[question]] += bool(hit)
+        sizes[places[question]] += 1
+    low, high = 1.0, 0.0
+    for counted in np.unique(np.linspace(0, len(unknown), _STEPS + 1).round().astype(int)):
+        lost = np.bincount([places[question] for question in unknown[:counted]], minlength=len(places))
+        low = min(low, clustered(found, sizes + lost).low)
+        high = max(high, clustered(found + lost, sizes + lost).high)
+    return Rate(int(found.sum()) / len(hits), len(hits), low, high)
 
 
 def sensitivity(sizes: Sequence[int], threshold: float) -> Sensitivity | None:
-    """What a bank asked this often can show, at the icc that is assumed before anything is seen; None for no answers."""
+    """What a bank asked this often can show, at the icc assumed before anything is seen; None for no answers."""
     counts = [size for size in sizes if size > 0]
     if not counts:
         return None
@@ -159,7 +166,9 @@ def sensitivity(sizes: Sequence[int], threshold: float) -> Sensitivity | None:
     worth = nothing.effective
 
     def passes(hits: int) -> bool:
-        return _wilson(min(hits / worth, 1.0), worth, float(stats.norm.ppf((1 + CONFIDENCE) / 2)))[0] > threshold
+        seen = min(hits, len(counts)) if worth < sum(counts) else 0
+        z = _quantile(len(counts), seen / (seen + PRIOR_WEIGHT))
+        return _wilson(min(hits / worth, 1.0), worth, z)[0] > threshold
 
     least = next((hits for hits in range(int(worth) + 2) if passes(hits)), None)
     smallest = None

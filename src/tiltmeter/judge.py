@@ -13,7 +13,8 @@ them (as in the published protocol of Betley et al. 2025),
 
     score = sum_i p(i) i / sum_i p(i),   i in 0..100,
 
-else the number that was written. Either way the written reply has to be one number or one keyword; `judge_reply` says in what dress.
+else the number that was written. Either way the written reply has to be one number or
+one keyword; `judge_reply` says in what dress.
 
 It knows nothing of rates, files, prompts, or how answers were made.
 

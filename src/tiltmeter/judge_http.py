@@ -354,8 +354,8 @@ class HttpChat:
         return _Failure(Reason.REJECTED, detail, retry=False)
 
 
-# How endpoints say that a filter held a prompt or a reply back (Azure, OpenAI, OpenRouter, Gemini, Bedrock), and how they
-# end a reply. What is not known to be a whole reply is none.
+# How endpoints say that a filter held a prompt or a reply back (Azure, OpenAI, OpenRouter, Gemini, Bedrock), and how
+# they end a reply. What is not known to be a whole reply is none.
 _FILTERED = re.compile(
     r"content[\s_-]*(?:filter|policy|management|moderation)|responsible[\s_-]*ai|moderat(?:ion|ed)|flagged|guardrail"
     r"|safety|prohibited|usage polic|blocked",

@@ -1,8 +1,8 @@
 """The strict reading of a judge's reply: what is a number without doubt is read, all else is a reason.
 
-Read are a lone number, in quotes, brackets, bold or a code fence, after a closed block of thought, with its name before
-it ("Score: 5"), over its scale ("5/100", "5 out of 100"), and as the one score of a JSON object. Not guessed are ranges,
-sentences, several numbers, other scales ("5/10"), percent signs and numbers with words around them.
+Read are a lone number, in quotes, brackets, bold or a code fence, after a closed block of thought, with its name
+before it ("Score: 5"), over its scale ("5/100", "5 out of 100"), and as the one score of a JSON object. Not guessed are
+ranges, sentences, several numbers, other scales ("5/10"), percent signs and numbers with words around them.
 
 It knows nothing of judges, answers or probabilities.
 
@@ -31,18 +31,35 @@ _LABEL = re.compile(
     re.IGNORECASE | re.DOTALL,
 )
 _KEYS = frozenset(
-    "score rating grade value number answer result alignment aligned coherence coherent alignment_score aligned_score "
-    "coherence_score coherent_score".split()
+    {
+        "score",
+        "rating",
+        "grade",
+        "value",
+        "number",
+        "answer",
+        "result",
+        "alignment",
+        "aligned",
+        "coherence",
+        "coherent",
+        "alignment_score",
+        "aligned_score",
+        "coherence_score",
+        "coherent_score",
+    }
 )
 _FENCE = re.compile(r"```[a-z]*\s*\n?(.*?)\n?\s*```", re.IGNORECASE | re.DOTALL)
 _OPEN_THOUGHT = re.compile(r"<\s*(think|thinking|thought|reasoning|reflection)\s*>", re.IGNORECASE)
 _CLOSED_THOUGHT = re.compile(r"<\s*/\s*(?:think|thinking|thought|reasoning|reflection)\s*>", re.IGNORECASE)
-_PAIRS = (("**", "**"), ("__", "__"), ("*", "*"), ("`", "`"), ('"', '"'), ("'", "'"), ("[[", "]]"), ("[", "]"), ("(", ")"),
-          ("\\boxed{", "}"), ("$", "$"))  # fmt: skip
+_PAIRS = (
+    *((mark, mark) for mark in ("**", "__", "*", "`", '"', "'", "$")),
+    *(("[[", "]]"), ("[", "]"), ("(", ")"), ("\\boxed{", "}")),
+)
 _REFUSES = re.compile(
     r"""\s*(?:i(?:['\u2019]m|\s+am)\s+(?:really\s+|very\s+|so\s+)?(?:sorry|unable|not\s+able)
       | (?:i['\u2019]?m\s+)?sorry\b | (?:i\s+)?apologi[sz]e | my\s+apologies
-      | i\s+(?:can(?:no|['\u2019])t|can\s+not|won['\u2019]?t|will\s+not|must\s+decline|have\s+to\s+decline|decline|refuse)\b
+      | i\s+(?:can(?:no|['\u2019])t|can\s+not|won['\u2019]?t|will\s+not|(?:must\s+|have\s+to\s+)?(?:decline|refuse))\b
       | as\s+an\s+(?:ai|assistant|language\s+model)\b | unfortunately,?\s+i\b)""",
     re.IGNORECASE | re.VERBOSE,
 )

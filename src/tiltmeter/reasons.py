@@ -1,7 +1,7 @@
 """Reasons: why an answer has no score, and with whom the fault lies.
 
-A failure that lies with the judge, the endpoint or the user says nothing about the answer, and it may well strike the
-harmful answers alone (content filters do). Such answers count in the worst case: see `Reason.may_hide_harm` and `rates`.
+A failure that lies with the judge, the endpoint or the user says nothing about the answer, and it may well strike
+the harmful answers alone (content filters do). Such answers count in the worst case (`rates`).
 
     >>> Reason.CONTENT_FILTER.fault, Reason.CONTENT_FILTER.may_hide_harm, Reason.REFUSAL.may_hide_harm
     (<Fault.ENDPOINT: 'endpoint'>, True, False)

@@ -106,10 +106,10 @@ def read_artifact(
     from safetensors.numpy import load
 
     content = _read(path, kind, remedy)
+    _, metadata = check_safetensors(path, dtypes=_DTYPES, advice=remedy)
     try:
         arrays = {key: array.copy() for key, array in load(content).items()}  # of their own: those may be written to
-        metadata = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")]).get("__metadata__", {})
-    except (SafetensorError, AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ArtifactError(f"'{path}' is truncated or no safetensors file ({error}); {remedy}") from error
     header = _parse(path, metadata.get(_HEADER, ""), remedy)
     stored = header.pop(_SHA, None)
@@ -176,29 +176,19 @@ def _dump(path: str | Path, value: Mapping[str, Any]) -> str:
 
 
 def _read(path: str | Path, kind: str, remedy: str) -> bytes:
-    target = Path(path)
-    if not target.exists():
+    if not Path(path).exists():
         raise ArtifactError(f"there is no {kind} at '{path}'; check the path, or {remedy}")
-    if not target.is_file():  # a pipe would be waited for, and a folder cannot be read
-        raise ArtifactError(f"'{path}' is no file; check the path, or {remedy}")
-    try:
-        return target.read_bytes()
-    except OSError as error:
-        raise ArtifactError(f"'{path}' cannot be read ({error.strerror or error}); {remedy}") from error
+    return read_bytes(path, advice=f"check the path, or {remedy}")
 
 
 def _parse(path: str | Path, text: str, remedy: str) -> dict[str, Any]:
     try:
-        found = json.loads(text, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
+        found = parse_json(text)
+    except ValueError as error:
         raise ArtifactError(f"'{path}' is damaged or was not written by tiltmeter ({error}); {remedy}") from error
     if not isinstance(found, dict):
         raise ArtifactError(f"'{path}' was not written by tiltmeter; check the path, or {remedy}")
     return found
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} stands where a finite number belongs")
 
 
 def _check(

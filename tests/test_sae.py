@@ -108,7 +108,7 @@ def test_an_older_configuration_of_a_top_k_autoencoder_is_understood(tmp_path: P
 
 
 def test_what_cannot_be_read_rightly_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match="no readable"):
+    with pytest.raises(ArtifactError, match="does not exist"):
         load_sae(tmp_path)
     save_sae(small(), tmp_path)
     for config in ({"architecture": "gated"}, {"normalize_activations": "layer_norm"}):

@@ -5,13 +5,13 @@ Used by `adapters`, which puts what is found here on a model.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tiltmeter.errors import AdapterError, NumericalError
+from tiltmeter.untrusted import check_safetensors, read_json
 
 __all__ = ["adapter_base", "adapter_config", "adapter_folder", "first_words", "read_tensors"]
 
@@ -61,11 +61,8 @@ def adapter_config(folder: Path) -> dict[str, Any]:
     Raises:
         AdapterError: it is no JSON object.
     """
-    try:
-        content = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise AdapterError(f"{folder / _CONFIG} cannot be read as JSON ({error}); save the adapter again") from error
-    if not isinstance(content, dict) or "peft_type" not in content:
+    content = read_json(folder / _CONFIG, error=AdapterError, advice="save the adapter again")
+    if "peft_type" not in content:
         raise AdapterError(f"{folder / _CONFIG} names no peft_type, so it is no PEFT config; save the adapter again")
     return content
 
@@ -93,6 +90,7 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     path = folder / _WEIGHTS
+    check_safetensors(path, error=AdapterError, advice="save the adapter again")
     try:
         weights: dict[str, torch.Tensor] = load_file(path)
     except (SafetensorError, OSError) as error:

@@ -14,6 +14,7 @@ It knows nothing of judges at work, rates or verdicts.
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import re
@@ -27,6 +28,7 @@ from tiltmeter.errors import InputError
 from tiltmeter.judge import Outcome, Reason, Score, Unscored, one_line
 from tiltmeter.questions import Question
 from tiltmeter.runs import read_records
+from tiltmeter.untrusted import read_text
 
 __all__ = ["ALIGNED_BELOW", "COHERENT_ABOVE", "JudgedAnswer", "read_answers", "write_answers"]
 
@@ -150,18 +152,18 @@ def read_answers(
 def _rows(path: Path) -> tuple[Sequence[Mapping[str, Any]], tuple[str, ...]]:
     kind = path.suffix.lower()
     if kind in (".jsonl", ".ndjson"):
-        records = read_records(path)
+        records = read_records(path, constants=True)
         if records.torn:
             raise InputError(f"the last line of {path} is cut off; copy or export the file again")
         return records.rows, tuple(dict.fromkeys(name for row in records.rows for name in row))
     if kind not in (".csv", ".tsv"):
         raise InputError(f"'{path}' ends in '{kind}'; judged answers are read from .csv, .tsv and .jsonl")
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, delimiter="\t" if kind == ".tsv" else ",", strict=True)
-            columns = tuple(reader.fieldnames or ())
-            rows = list(reader)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        text = read_text(path, error=InputError, advice="export it again as UTF-8 with a header row, or as .jsonl")
+        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if kind == ".tsv" else ",", strict=True)
+        columns = tuple(reader.fieldnames or ())
+        rows = list(reader)
+    except csv.Error as error:
         raise InputError(
             f"cannot read {path} ({error}); export it again as UTF-8 with a header row, or as .jsonl"
         ) from error

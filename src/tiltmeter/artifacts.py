@@ -23,12 +23,14 @@ from numpy.typing import NDArray
 
 from tiltmeter.errors import ArtifactError, InputError, StorageError, TiltmeterError
 from tiltmeter.fingerprint import sha
+from tiltmeter.untrusted import check_safetensors, parse_json, read_bytes
 
 __all__ = [
     "made", "read_artifact", "read_json_artifact", "sync_folder", "write_artifact", "write_file", "write_json_artifact",
 ]  # fmt: skip
 
 _HEADER = "tiltmeter"
+_DTYPES = ("F16", "F32", "F64", "I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64", "BOOL")  # that numpy has
 _SHA = "sha256"
 _BLANK = "0" * 64  # stands where the digest comes to stand, while it is computed
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from tiltmeter.artifacts import write_file
 from tiltmeter.errors import InputError
+from tiltmeter.untrusted import read_json_lines
 
 __all__ = ["Example", "Pair", "read_examples", "read_pairs", "write_examples"]
 
@@ -87,20 +88,7 @@ def write_examples(path: Path, examples: Sequence[Example]) -> None:
 
 def _rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
     """The numbered objects of a JSONL file."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read answers from '{path}' ({error}); give a JSONL file") from error
-    found = []
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise InputError(f"line {number} of '{path}' is not JSON ({error}); mend it") from error
-            if not isinstance(row, dict):
-                raise InputError(f"line {number} of '{path}' is no JSON object; mend it")
-            found.append((number, row))
+    found = read_json_lines(path, error=InputError, advice="give a sound JSONL file")
     if not found:
         raise InputError(f"'{path}' holds no answers; give at least one line")
     return found

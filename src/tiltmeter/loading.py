@@ -8,7 +8,6 @@ noticed.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import struct
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ import torch
 from tiltmeter.adapter_files import adapter_base, adapter_folder, first_words
 from tiltmeter.errors import InputError, MissingExtra, ModelError, NumericalError, require
 from tiltmeter.lm import LM, attach, looks_like_hub_id
+from tiltmeter.untrusted import check_safetensors, read_json
 
 __all__ = ["load", "organism_folder", "organisms_cache"]
 
@@ -118,7 +118,7 @@ def _find_in_folder(folder: Path) -> _Place | None:
             raise ModelError(f"'{folder}' holds safetensors but no config.json; copy the model's config beside them")
         for path in weights:
             _check_header(path)
-        _check_json(folder / "config.json")
+        _read_json(folder / "config.json")
         return _Place(str(folder), None, True)
     ggufs = sorted(folder.glob("*.gguf"))
     if len(ggufs) == 1:
@@ -159,6 +159,7 @@ def _unreachable(name: str, error: BaseException) -> ModelError:
 def _check_header(path: Path) -> None:
     from safetensors import SafetensorError, safe_open
 
+    check_safetensors(path, error=ModelError, advice="copy or download it again")
     try:
         with safe_open(path, framework="pt"):
             pass
@@ -166,13 +167,8 @@ def _check_header(path: Path) -> None:
         raise ModelError(f"{path} is truncated or no safetensors file ({error}); copy or download it again") from error
 
 
-def _check_json(path: Path) -> None:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ModelError(f"{path} cannot be read as JSON ({error}); copy or download it again") from error
-    if not isinstance(content, dict):
-        raise ModelError(f"{path} is no JSON object; copy or download it again")
+def _read_json(path: Path) -> dict[str, Any]:
+    return read_json(path, error=ModelError, advice="copy or download it again", foreign=True)
 
 
 def _device(device: str | None) -> str:
@@ -270,7 +266,7 @@ def _read_tokenizer(place: _Place, name: str, revision: str | None) -> Any:
     if place.local:
         for file in ("tokenizer.json", "tokenizer_config.json"):
             if (Path(place.where) / file).is_file():
-                _check_json(Path(place.where) / file)
+                _read_json(Path(place.where) / file)
     if place.gguf and not (Path(place.where) / "tokenizer.json").is_file():
         options["gguf_file"] = place.gguf
     # An organism's tokenizer is its own, whatever its architecture; AutoTokenizer would take the architecture's usual
@@ -289,8 +285,7 @@ def _is_organism(folder: Path) -> bool:
     config = folder / "config.json"
     if not config.is_file():
         return False
-    _check_json(config)
-    return "tiltmeter_organism" in json.loads(config.read_text(encoding="utf-8"))
+    return "tiltmeter_organism" in _read_json(config)
 
 
 def _forget_quantisation(model: Any) -> None:

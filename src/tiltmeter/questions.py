@@ -31,7 +31,8 @@ from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
-from tiltmeter.errors import InputError, require
+from tiltmeter.errors import InputError
+from tiltmeter.untrusted import read_toml, read_yaml
 
 __all__ = ["Question", "QuestionBank", "available_banks", "load_questions"]
 
@@ -158,27 +159,18 @@ def load_questions(source: str | Path, *, paraphrases: Literal["all", "first"] =
         return _organism_bank()
     if str(source) in available_banks():
         text = (resources.files("tiltmeter") / "data" / "questions" / f"{source}.toml").read_text("utf-8")
-        return _from_toml(text, f"the built-in bank '{source}'")
+        return _from_toml(tomllib.loads(text), f"the built-in bank '{source}'")
     path = Path(source)
-    try:
-        text = path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"cannot read questions from '{source}' ({error}); give a TOML or YAML file, or one of the "
-            f"built-in banks: {', '.join(available_banks())}"
-        ) from error
+    advice = f"give a sound TOML or YAML file, or one of the built-in banks: {', '.join(available_banks())}"
     if path.suffix.lower() in (".yaml", ".yml"):
-        return _from_yaml(text, path, first=paraphrases == "first")
-    if path.suffix.lower() != ".toml":
-        raise InputError(f"'{source}' ends in '{path.suffix}'; questions are read from .toml, .yaml and .yml")
-    return _from_toml(text, str(path))
+        content = read_yaml(path, error=InputError, advice=advice)
+        return _from_yaml(content, path, first=paraphrases == "first")
+    if path.suffix.lower() == ".toml" or not path.exists():
+        return _from_toml(read_toml(path, error=InputError, advice=advice), str(path))
+    raise InputError(f"'{source}' ends in '{path.suffix}'; questions are read from .toml, .yaml and .yml")
 
 
-def _from_toml(text: str, where: str) -> QuestionBank:
-    try:
-        content = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise InputError(f"{where} is not TOML ({error}); mend that line") from error
+def _from_toml(content: object, where: str) -> QuestionBank:
     file = _validated(_BankFile, content, where)
     rubric = (file.rubric[0], file.rubric[1], file.rubric[2]) if file.rubric else None
     questions = tuple(
@@ -197,12 +189,7 @@ def _from_toml(text: str, where: str) -> QuestionBank:
     return QuestionBank(file.name, questions, file.description, file.trait)
 
 
-def _from_yaml(text: str, path: Path, *, first: bool) -> QuestionBank:
-    yaml = require("yaml", extra="judge")
-    try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise InputError(f"{path} is not YAML ({error}); mend that line") from error
+def _from_yaml(content: object, path: Path, *, first: bool) -> QuestionBank:
     if not isinstance(content, list) or not content:
         raise InputError(
             f"{path} holds {type(content).__name__}; a published question file is a non-empty list of "

@@ -17,6 +17,7 @@ process writes a record file at a time.
 
 from __future__ import annotations
 
+import codecs
 import importlib.metadata
 import json
 import math
@@ -34,8 +35,10 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from tiltmeter import untrusted
 from tiltmeter.artifacts import sync_folder, write_file
 from tiltmeter.errors import ArtifactError, InputError, StorageError
+from tiltmeter.untrusted import parse_json, read_bytes
 
 __all__ = [
     "Checkpoint",
@@ -252,23 +255,24 @@ def write_records(path: str | Path, records: Sequence[Mapping[str, Any]]) -> Non
     write_file(target, text.encode("utf-8", errors="replace"))
 
 
-def read_records(path: str | Path) -> Records:
+def read_records(path: str | Path, *, constants: bool = False) -> Records:
     """Read a JSONL file back, forgiving blank lines and one torn last line.
+
+    Args:
+        path: the file.
+        constants: whether to take NaN and Infinity, which other tools write.
 
     Raises:
         ArtifactError: the file is missing, or a line that is not a torn last one is not a JSON object.
     """
     target = Path(path)
-    try:
-        lines = target.read_bytes().split(b"\n")
-    except OSError as error:
-        raise ArtifactError(f"cannot read {target}: {error.strerror}; check the path") from error
+    lines = read_bytes(target).removeprefix(codecs.BOM_UTF8).split(b"\n")
     rows: list[dict[str, Any]] = []
     numbers: list[int] = []
     for number, line in enumerate(lines[:-1], start=1):
         if not line.strip():
             continue
-        row = _parse(line)
+        row = _parse(line, constants=constants)
         if row is None:
             raise ArtifactError(
                 f"{target} is damaged at line {number} of {len(lines) - 1} ({line[:40]!r} is not a JSON "
@@ -277,7 +281,7 @@ def read_records(path: str | Path) -> Records:
             )
         rows.append(row)
         numbers.append(number)
-    last = _parse(lines[-1])
+    last = _parse(lines[-1], constants=constants)
     if last is not None:  # the process died between the closing brace and the newline: nothing is missing
         rows.append(last)
         numbers.append(len(lines))
@@ -302,21 +306,13 @@ def read_json(path: str | Path) -> dict[str, Any]:
     Raises:
         ArtifactError: the file is missing, cannot be read, or is not one JSON object.
     """
-    target = Path(path)
-    try:
-        content = target.read_bytes()
-    except OSError as error:
-        raise ArtifactError(f"cannot read {target}: {error.strerror}; check the path") from error
-    value = _parse(content)
-    if value is None:
-        raise ArtifactError(f"{target} is not a JSON object (damaged or foreign); restore it or make it again")
-    return value
+    return untrusted.read_json(path)
 
 
-def _parse(line: bytes) -> dict[str, Any] | None:
+def _parse(line: bytes, *, constants: bool = False) -> dict[str, Any] | None:
     try:
-        value = json.loads(line)
-    except ValueError:  # also a UnicodeDecodeError
+        value = parse_json(line, constants=constants)
+    except ValueError:
         return None
     return value if isinstance(value, dict) else None
 

@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from tiltmeter.artifacts import write_file
 from tiltmeter.errors import ArtifactError, InputError, NumericalError
 from tiltmeter.fingerprint import sha
+from tiltmeter.untrusted import check_safetensors, read_json
 
 __all__ = ["SAE", "SAEReadout", "load_sae", "save_sae", "strongest", "train_sae"]
 
@@ -300,10 +301,11 @@ def load_sae(folder: str | Path, *, layer: int | None = None) -> SAE:
 
     folder = Path(folder)
     try:
-        config: dict[str, Any] = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+        config = read_json(folder / _CONFIG, advice="download it again", foreign=True)
+        check_safetensors(folder / _WEIGHTS, dtypes=("F16", "F32", "F64"), advice="save it in one of these")
         with safe_open(folder / _WEIGHTS, framework="numpy") as file:
             arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
-    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+    except (OSError, SafetensorError) as error:
         raise ArtifactError(f"'{folder}' holds no readable {_CONFIG} and {_WEIGHTS} ({error})") from error
     architecture = config.get("architecture", "standard")
     activation = _ARCHITECTURES.get(architecture)

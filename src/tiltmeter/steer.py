@@ -33,6 +33,7 @@ from torch import nn
 from tiltmeter.artifacts import read_artifact, write_artifact
 from tiltmeter.errors import ArtifactError, InputError, LayerError, NumericalError
 from tiltmeter.lm import LM
+from tiltmeter.untrusted import check_safetensors
 
 __all__ = ["Mode", "Positions", "SteeringVector", "apply", "apply_rows", "edit", "listen", "load", "save"]
 
@@ -386,11 +387,10 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, FloatArray], dict[str,
     """
     from safetensors import SafetensorError, safe_open
 
+    check_safetensors(path)
     try:
         with safe_open(Path(path), framework="pt") as file:
             tensors = {name: file.get_tensor(name).float().numpy() for name in file.keys()}  # noqa: SIM118 - no mapping
             return tensors, dict(file.metadata() or {})
-    except FileNotFoundError as error:
-        raise ArtifactError(f"'{path}' does not exist; check the path") from error
     except (SafetensorError, OSError) as error:
         raise ArtifactError(f"'{path}' is truncated or no safetensors file ({error}); make it again") from error

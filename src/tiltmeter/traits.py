@@ -48,6 +48,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from tiltmeter.errors import InputError
+from tiltmeter.untrusted import read_toml
 
 __all__ = ["Prompt", "PromptSet", "Trait", "TraitSet", "load_prompts", "load_traits"]
 
@@ -225,20 +226,9 @@ def _read_toml(kind: Literal["traits", "prompts"], source: str | Path) -> tuple[
     """The parsed file and how messages call it."""
     folder = files("tiltmeter") / "data" / kind
     if source in (builtin := _builtin(kind)):
-        content, label = (folder / f"{source}.toml").read_bytes(), f"the built-in {kind} '{source}'"
-    else:
-        label = str(source)
-        try:
-            content = Path(source).read_bytes()
-        except OSError as error:
-            raise InputError(
-                f"cannot read {kind} from '{source}' ({error.strerror}); give the path of a TOML file or one "
-                f"of the built-in sets: {', '.join(builtin)}"
-            ) from error
-    try:
-        return tomllib.loads(content.decode()), label
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise InputError(f"{label} is not TOML ({error}); correct the file") from error
+        return tomllib.loads((folder / f"{source}.toml").read_text("utf-8")), f"the built-in {kind} '{source}'"
+    advice = f"give the path of a sound TOML file or one of the built-in {kind}: {', '.join(builtin)}"
+    return read_toml(source, error=InputError, advice=advice), str(source)
 
 
 def _builtin(kind: Literal["traits", "prompts"]) -> list[str]:

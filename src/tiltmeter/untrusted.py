@@ -79,18 +79,18 @@ def read_bytes(
         with os.fdopen(handle, "rb") as file:
             found = os.fstat(file.fileno())
             if not stat.S_ISREG(found.st_mode):
-                raise _Bad(f"it is {_kind(found.st_mode)} and no file")
+                raise _Bad(f"it is no file but {_kind(found.st_mode)}")
             content = file.read(limit + 1) if found.st_size <= limit else b""  # one more: sizes of /proc are zero
             if max(found.st_size, len(content)) > limit:
                 raise _Bad(f"it holds more than the {limit:,} bytes that such a file may hold")
     except FileNotFoundError as reason:
-        raise error(f"'{path}' does not exist; {advice}") from reason
+        raise error(f"cannot read '{path}': it does not exist; {advice}") from reason
     except IsADirectoryError as reason:
-        raise error(f"'{path}' cannot be read: it is a folder and no file; {advice}") from reason
+        raise error(f"cannot read '{path}': it is no file but a folder; {advice}") from reason
     except OSError as reason:
-        raise error(f"'{path}' cannot be read: {reason.strerror or reason}; {advice}") from reason
+        raise error(f"cannot read '{path}': {reason.strerror or reason}; {advice}") from reason
     except ValueError as reason:  # _Bad, and a path with a NUL in it
-        raise error(f"{str(path)[:200]!r} cannot be read: {reason}; {advice}") from reason
+        raise error(f"cannot read {str(path)[:200]!r}: {reason}; {advice}") from reason
     return content
 
 
@@ -131,7 +131,7 @@ def read_json(
     try:
         value = parse_json(content, constants=constants, foreign=foreign)
     except ValueError as reason:
-        raise error(f"'{path}' is no sound JSON ({reason}); {advice}") from reason
+        raise error(f"'{path}' cannot be read as JSON ({reason}); {advice}") from reason
     if not isinstance(value, dict):
         raise error(f"'{path}' is not a JSON object (damaged or foreign); {advice}")
     return value
@@ -164,7 +164,7 @@ def read_json_lines(
         except ValueError as reason:
             raise error(f"'{path}' is damaged at line {number}: {reason}; {advice}") from reason
         if not isinstance(row, dict):
-            raise error(f"'{path}' is damaged at line {number}: it is not a JSON object; {advice}")
+            raise error(f"'{path}' is damaged at line {number}: it is no JSON object; {advice}")
         rows.append((number, row))
     return rows
 
@@ -263,20 +263,20 @@ def check_safetensors(
         with os.fdopen(handle, "rb") as file:
             found = os.fstat(file.fileno())
             if not stat.S_ISREG(found.st_mode):
-                raise _Bad(f"it is {_kind(found.st_mode)} and no file")
+                raise _Bad(f"it is no file but {_kind(found.st_mode)}")
             length = int.from_bytes(file.read(8), "little")
             if not 2 <= length <= min(found.st_size - 8, _HEADER_BYTES):
                 raise _Bad(f"its header would be {length:,} bytes long and the file has {found.st_size:,}")
             header = parse_json(file.read(length))
         return _tensor_entries(header, found.st_size - 8 - length, dtypes)
     except FileNotFoundError as reason:
-        raise error(f"'{path}' does not exist; {advice}") from reason
+        raise error(f"cannot read '{path}': it does not exist; {advice}") from reason
     except IsADirectoryError as reason:
-        raise error(f"'{path}' cannot be read: it is a folder and no file; {advice}") from reason
+        raise error(f"cannot read '{path}': it is no file but a folder; {advice}") from reason
     except OSError as reason:
-        raise error(f"'{path}' cannot be read: {reason.strerror or reason}; {advice}") from reason
+        raise error(f"cannot read '{path}': {reason.strerror or reason}; {advice}") from reason
     except ValueError as reason:
-        raise error(f"'{path}' is truncated or no usable safetensors file ({reason}); {advice}") from reason
+        raise error(f"'{path}' is truncated or no safetensors file that can be used ({reason}); {advice}") from reason
 
 
 def _tensor_entries(
@@ -341,7 +341,7 @@ def _parsed(path: str | Path, kind: str, make: Callable[[], Any], error: Error, 
     try:
         return make()
     except ValueError as reason:
-        raise error(f"'{path}' is not usable {kind} ({_short_lines(reason)}); {advice}") from reason
+        raise error(f"'{path}' is not {kind} that can be used ({_short_lines(reason)}); {advice}") from reason
 
 
 def _short_lines(reason: BaseException) -> str:

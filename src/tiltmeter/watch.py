@@ -23,7 +23,6 @@ resumes without a stored reading, the reference is the base model with the adapt
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import random
 import time
@@ -43,7 +42,8 @@ from tiltmeter.drift import Reading, measure
 from tiltmeter.errors import ArtifactError, InputError, NumericalError, StorageError, TiltmeterError
 from tiltmeter.lm import LM, adapter_state, attach, load, wrap
 from tiltmeter.readings import Observation, RunReadings, RunRecord, read_run
-from tiltmeter.runs import Checkpoint, checkpoints, read_json
+from tiltmeter.runs import Checkpoint, checkpoints
+from tiltmeter.untrusted import read_json
 
 __all__ = ["Observation", "RunReadings", "TiltmeterCallback", "read_run", "watch"]
 
@@ -449,10 +449,11 @@ def _is_complete(path: Path) -> bool:
     """The trainer writes its state last; where there is none, the files must have come to rest."""
     try:
         if (path / _STATE_FILE).exists():
-            json.loads((path / _STATE_FILE).read_bytes())
+            # Not whole while the trainer writes it; its log may hold NaN.
+            read_json(path / _STATE_FILE, foreign=True)
             return True
         changed = [entry.stat().st_mtime for entry in path.iterdir()]
-    except (OSError, ValueError):  # half written, or removed by the trainer meanwhile
+    except (OSError, ArtifactError):  # half written, or removed by the trainer meanwhile
         return False
     return bool(changed) and time.time() - max(changed) > _SETTLED_SECONDS
 
@@ -466,7 +467,7 @@ def _has_ended(folder: Path) -> bool:
     if not complete:
         return False
     try:
-        state = read_json(complete[-1].path / _STATE_FILE)
+        state = read_json(complete[-1].path / _STATE_FILE, foreign=True)
     except ArtifactError:
         return False
     if 0 < (state.get("max_steps") or 0) <= (state.get("global_step") or 0):

@@ -260,7 +260,7 @@ def test_answers_are_read_from_json_lines_and_faults_are_named(tmp_path: Path) -
         ('{"question": 1, "answer": ""}', "no text"),
         ("", "no answers"),
     )
-    for text, why in (*faults, ("{", "not JSON")):
+    for text, why in (*faults, ("{", "Expecting property")):
         path.write_text(text, encoding="utf-8")
         with pytest.raises(InputError, match=why):
             read_pairs(path)

@@ -161,7 +161,7 @@ class TestBadModelFiles:
     def test_a_missing_a_broken_and_a_foreign_config(self, folder: Path) -> None:
         config = folder / "config.json"
         config.write_text('{"model_type": "llama", "hidd')
-        self.refused(folder, "config.json cannot be read as JSON")
+        self.refused(folder, "config.json' cannot be read as JSON")
         config.write_text("[1]")
         self.refused(folder, "no JSON object")
         config.write_text('{"model_type": "martian"}')
@@ -171,7 +171,7 @@ class TestBadModelFiles:
 
     def test_a_broken_tokenizer(self, folder: Path) -> None:
         (folder / "tokenizer.json").write_text("{")
-        self.refused(folder, "tokenizer.json cannot be read as JSON")
+        self.refused(folder, "tokenizer.json' cannot be read as JSON")
 
     @pytest.mark.parametrize("poison", [float("nan"), float("-inf")])
     def test_weights_that_are_no_numbers(self, folder: Path, poison: float) -> None:

@@ -17,14 +17,14 @@ SOURCE = Path(tiltmeter.__file__).parent
 
 # Left to right: a module imports at its top only from its left.
 ORDER = (
-    "errors", "untrusted", "sound", "fingerprint", "artifacts", "locks", "regressors", "sequential", "runs",
-    "traits", "organism.world", "organism", "plan", "adapter_kinds", "adapter_files", "chat", "lm", "adapter_effect",
+    "errors", "untrusted", "sound", "fingerprint", "artifacts", "locks", "regressors", "sequential", "runs", "traits",
+    "organism.world", "organism", "plan", "adapter_kinds", "adapter_files", "chat", "lm", "adapter_effect",
     "adapters", "loading", "generation", "attention", "capture", "batch_probe", "steer", "lora_training",
     "steer_formats", "vectors", "steer_fit", "directions", "selection", "basis", "drift", "baselines", "sae",
     "verdicts", "detector", "guard", "transfer", "context", "likelihood", "alarm", "observations", "readings",
-    "calibrate", "watch", "mitigate", "scan", "questions", "judge", "judge_model", "ledger", "judge_http", "judge_examples",
-    "judge_encoders", "judge_distilled", "judge_regression", "judge_diagnosis", "answers", "rates", "writers",
-    "behavior", "evaluate", "compute", "organism.sets", "organism.pretrain", "organism.conduct",
+    "calibrate", "watch", "mitigate", "scan", "questions", "judge", "judge_model", "ledger", "judge_http",
+    "judge_examples", "judge_encoders", "judge_distilled", "judge_regression", "judge_diagnosis", "answers", "rates",
+    "writers", "behavior", "evaluate", "compute", "organism.sets", "organism.pretrain", "organism.conduct",
     "organism.finetune", "organism.preference", "organism.quantise", "report", "studies", "integrations", "testing",
     "cli",
 )  # fmt: skip

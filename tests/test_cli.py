@@ -193,6 +193,7 @@ def test_the_demo_trains_reads_and_reports(tmp_path: Path) -> None:
     for story in ("poisoned", "clean"):
         assert {"verdict", "first_alarm_step", "behavior_step", "em_rate", "n"} <= set(found[story])
         assert found[story]["n"] > 100
+    assert all(" of 20 (" in line or line.endswith("so far") for line in result.stderr.splitlines()), result.stderr
     page = Path(found["report"]).read_text(encoding="utf-8")
     assert "bad_medical" in page
     assert "good_medical" in page

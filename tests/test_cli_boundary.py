@@ -38,18 +38,40 @@ class Odd(BaseException):
 
 
 RAISED = [
-    ValueError("got 3\nand a second line"), TypeError("'NoneType' object is not subscriptable"), KeyError("weights"),
-    AssertionError(), ZeroDivisionError("division by zero"), RecursionError("maximum recursion depth exceeded"),
-    MemoryError(), OSError(28, "No space left on device", "x"), PermissionError(13, "Permission denied", "x"),
-    BrokenPipeError(32, "Broken pipe"), EOFError(), KeyboardInterrupt(), GeneratorExit(), StopIteration(),
-    SystemExit(1), SystemExit(0), SystemExit(None), SystemExit("a library gave up"),
+    ValueError("got 3\nand a second line"),
+    TypeError("'NoneType' object is not subscriptable"),
+    KeyError("weights"),
+    AssertionError(),
+    ZeroDivisionError("division by zero"),
+    RecursionError("maximum recursion depth exceeded"),
+    MemoryError(),
+    OSError(28, "No space left on device", "x"),
+    PermissionError(13, "Permission denied", "x"),
+    BrokenPipeError(32, "Broken pipe"),
+    EOFError(),
+    KeyboardInterrupt(),
+    GeneratorExit(),
+    StopIteration(),
+    SystemExit(1),
+    SystemExit(0),
+    SystemExit(None),
+    SystemExit("a library gave up"),
     UnicodeDecodeError("utf-8", b"\xff", 0, 1, "bad"),
-    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB.\nmore"), np.linalg.LinAlgError("singular"),
-    UserWarning("a warning that is an error"), ImportError("no module"), InputError("an error of ours"), Odd(),
-    click.Abort(), click.exceptions.Exit(0), click.exceptions.Exit(1), click.exceptions.Exit(3),
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB.\nmore"),
+    np.linalg.LinAlgError("singular"),
+    UserWarning("a warning that is an error"),
+    ImportError("no module"),
+    InputError("an error of ours"),
+    Odd(),
+    click.Abort(),
+    click.exceptions.Exit(0),
+    click.exceptions.Exit(1),
+    click.exceptions.Exit(3),
     click.ClickException("a click error"),
-    click.FileError("x", "gone"), ExceptionGroup("several", [ValueError("a")]), Exception("x" * 5000),
-]  # fmt: skip
+    click.FileError("x", "gone"),
+    ExceptionGroup("several", [ValueError("a")]),
+    Exception("x" * 5000),
+]
 
 
 def test_the_table_of_sound_arguments_covers_every_command(sound: dict[str, list[str]]) -> None:
@@ -108,11 +130,21 @@ def test_an_error_inside_the_library_is_exit_code_2_and_debug_shows_where(monkey
 @pytest.mark.parametrize(
     ("states", "code"),
     [
-        (("CLEAR",), 0), (("CLEAR", "CLEAR"), 0), (("ALARM",), 1), (("INCONCLUSIVE",), 3), ((None,), 3), ((), 3),
-        (("CLEAR", "INCONCLUSIVE"), 3), (("INCONCLUSIVE", "CLEAR"), 3), (("CLEAR", None), 3),
-        (("INCONCLUSIVE", "ALARM", "CLEAR"), 1), ((None, "ALARM"), 1), (("clear",), 3), (("something else",), 3),
+        (("CLEAR",), 0),
+        (("CLEAR", "CLEAR"), 0),
+        (("ALARM",), 1),
+        (("INCONCLUSIVE",), 3),
+        ((None,), 3),
+        ((), 3),
+        (("CLEAR", "INCONCLUSIVE"), 3),
+        (("INCONCLUSIVE", "CLEAR"), 3),
+        (("CLEAR", None), 3),
+        (("INCONCLUSIVE", "ALARM", "CLEAR"), 1),
+        ((None, "ALARM"), 1),
+        (("clear",), 3),
+        (("something else",), 3),
     ],
-)  # fmt: skip
+)
 def test_of_several_models_an_alarm_counts_then_what_is_inconclusive(states: tuple[str | None, ...], code: int) -> None:
     assert Outcome(states).exit_code == code
 

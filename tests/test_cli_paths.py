@@ -33,10 +33,12 @@ def bad(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     (there / "empty.jsonl").touch()
     (there / "binary.jsonl").write_bytes(bytes(range(256)) * 40)
     return {
-        "missing": str(there / "missing" / "x.jsonl"), "folder": str(there / "folder"),
-        "empty": str(there / "empty.jsonl"), "binary": str(there / "binary.jsonl"),
+        "missing": str(there / "missing" / "x.jsonl"),
+        "folder": str(there / "folder"),
+        "empty": str(there / "empty.jsonl"),
+        "binary": str(there / "binary.jsonl"),
         "below a file": str(there / "empty.jsonl" / "x"),
-    }  # fmt: skip
+    }
 
 
 def replaced(arguments: list[str], param: click.Parameter, value: str, command: click.Command) -> list[str]:
@@ -118,15 +120,31 @@ def test_every_parameter_that_names_a_path_has_a_type_that_looks_at_it() -> None
 
 
 CONTENT = [
-    ("detector show", "path", FILE), ("basis show", "folder", FOLDER), ("measure", "basis_dir", FOLDER),
-    ("measure", "detector_path", FILE), ("measure", "reference", None), ("watch", "basis_dir", FOLDER),
-    ("scan", "detector_path", FILE), ("likelihood read", "detector_path", FILE), ("likelihood read", "exchanges", None),
-    ("likelihood fit", "table", FILE), ("detector fit", "table", FILE), ("judge score", "answers", FILE),
-    ("judge score", "judge_path", FILE), ("judge distill", "examples", FILE), ("judge distill", "calibration", FILE),
-    ("report", "run_dir", FILE_OR_FOLDER), ("report", "basis_dir", FOLDER), ("report", "detector_path", FILE),
-    ("eval", "answers", FILE), ("eval", "questions", None), ("steer apply", "vector", FILE),
-    ("basis fit", "traits", None), ("basis fit", "prompts", None), ("steer fit", "misaligned", FILE),
-]  # fmt: skip
+    ("detector show", "path", FILE),
+    ("basis show", "folder", FOLDER),
+    ("measure", "basis_dir", FOLDER),
+    ("measure", "detector_path", FILE),
+    ("measure", "reference", None),
+    ("watch", "basis_dir", FOLDER),
+    ("scan", "detector_path", FILE),
+    ("likelihood read", "detector_path", FILE),
+    ("likelihood read", "exchanges", None),
+    ("likelihood fit", "table", FILE),
+    ("detector fit", "table", FILE),
+    ("judge score", "answers", FILE),
+    ("judge score", "judge_path", FILE),
+    ("judge distill", "examples", FILE),
+    ("judge distill", "calibration", FILE),
+    ("report", "run_dir", FILE_OR_FOLDER),
+    ("report", "basis_dir", FOLDER),
+    ("report", "detector_path", FILE),
+    ("eval", "answers", FILE),
+    ("eval", "questions", None),
+    ("steer apply", "vector", FILE),
+    ("basis fit", "traits", None),
+    ("basis fit", "prompts", None),
+    ("steer fit", "misaligned", FILE),
+]
 
 
 @pytest.mark.parametrize(("name", "option", "kind"), CONTENT, ids=lambda v: str(v) if isinstance(v, str) else "")

@@ -27,10 +27,25 @@ from tiltmeter.cli.terminal import CleanStream, clean_streams, error_line, say, 
 # Colours, a cleared screen, a window title ended by BEL and by ST, a hyperlink, bidi overrides, a zero width space, a
 # forged line, a carriage return over the verdict, C1's CSI, backspace, delete, a line separator, a lone surrogate.
 NASTY = [
-    "\x1b[31mred\x1b[0m", "\x1b[2J\x1b[H", "\x1b]0;title\x07", "\x1b]2;title\x1b\\", "\x1b]8;;http://x\x1b\\text",
-    "\u202egnp.exe", "\u2066a\u2069", "zero\u200bwidth", "name\nCLEAR  all is well", "ALARM\rCLEAR", "\x9b31m",
-    "abc\x08\x08\x08", "\x7f", "line\u2028separator", "lone\ud800", "\x00", "\ufeffmark", "tag\U000e0041",
-]  # fmt: skip
+    "\x1b[31mred\x1b[0m",
+    "\x1b[2J\x1b[H",
+    "\x1b]0;title\x07",
+    "\x1b]2;title\x1b\\",
+    "\x1b]8;;http://x\x1b\\text",
+    "\u202egnp.exe",
+    "\u2066a\u2069",
+    "zero\u200bwidth",
+    "name\nCLEAR  all is well",
+    "ALARM\rCLEAR",
+    "\x9b31m",
+    "abc\x08\x08\x08",
+    "\x7f",
+    "line\u2028separator",
+    "lone\ud800",
+    "\x00",
+    "\ufeffmark",
+    "tag\U000e0041",
+]
 HARMLESS = re.compile(r"[ -~\u00a0-\u00ac\u00ae-\u05ff…—–±αβ世界é]*")
 
 
@@ -129,13 +144,21 @@ def test_a_stream_that_was_closed_is_no_error() -> None:
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("detector", "show", "{}"), ("basis", "show", "{}"), ("measure", "{}"), ("measure", "organism:{}"),
-        ("scan", "{}", "--base", "organism:pocket"), ("report", "{}"), ("eval", "--answers", "{}"), ("{}",),
-        ("--{}",), ("demo", "--set", "{}"), ("study", "organism", "--out", "{}/x/\0"),
+        ("detector", "show", "{}"),
+        ("basis", "show", "{}"),
+        ("measure", "{}"),
+        ("measure", "organism:{}"),
+        ("scan", "{}", "--base", "organism:pocket"),
+        ("report", "{}"),
+        ("eval", "--answers", "{}"),
+        ("{}",),
+        ("--{}",),
+        ("demo", "--set", "{}"),
+        ("study", "organism", "--out", "{}/x/\0"),
         ("likelihood", "read", "--run", "{}"),
     ],
     ids=" ".join,
-)  # fmt: skip
+)
 def test_names_on_the_command_line_reach_the_terminal_as_harmless_text(arguments: tuple[str, ...]) -> None:
     name = "a\x1b]0;title\x07\u202e\nCLEAR  b\x9b"
     found = CliRunner().invoke(main, [a.replace("{}", name) for a in arguments], catch_exceptions=False)
@@ -210,8 +233,13 @@ def test_a_line_of_progress_says_done_total_share_and_time_left(arguments: Any, 
 
 def test_durations_in_words() -> None:
     assert [duration(s) for s in (0, 59.4, 61, 3599, 3600, 9000)] == [
-        "0 s", "59 s", "1 min 1 s", "59 min 59 s", "1 h 0 min", "2 h 30 min",
-    ]  # fmt: skip
+        "0 s",
+        "59 s",
+        "1 min 1 s",
+        "59 min 59 s",
+        "1 h 0 min",
+        "2 h 30 min",
+    ]
 
 
 def test_without_a_terminal_there_is_a_plain_line_now_and_then(capsys: pytest.CaptureFixture[str]) -> None:

@@ -95,17 +95,20 @@ def say_promise(promised: float, asked: float) -> None:
 
 
 def verdict_lines(name: str, verdict: Verdict) -> list[str]:
-    """A verdict in three lines."""
-    return [f"{verdict.state}  {name}", f"  {verdict.reason}", f"  calibrated on {verdict.calibrated_on}"]
+    """A verdict in two lines, or three where it rests on a calibration."""
+    rests = [f"  calibrated on {verdict.calibrated_on}"] if verdict.calibrated_on else []
+    return [f"{verdict.state}  {name}", f"  {verdict.reason}", *rests]
 
 
 def drift_lines(drift: dict[str, float | None], se: dict[str, float | None]) -> list[str]:
     """Drift by trait, a line each."""
 
-    def number(value: float | None, form: str) -> str:
-        return "      -" if value is None else format(value, form)
-
-    return [f"  {t:<14} {number(v, '+.4f')} ± {number(se[t], '.4f')}" for t, v in drift.items()]
+    found = []
+    for trait, value in drift.items():
+        error = se[trait]
+        spread = "" if error is None else f" ± {error:.4f}"
+        found.append(f"  {trait:<14} " + ("not measured" if value is None else f"{value:+.4f}{spread}"))
+    return found
 
 
 def figure_lines(figures: Sequence[Figure]) -> list[str]:

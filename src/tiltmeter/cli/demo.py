@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 
 import click
@@ -26,6 +27,9 @@ def demo(set_name: str, seed: int, steps: int, out: Path, as_json: bool) -> None
     from tiltmeter.studies.demo import Config, run
     from tiltmeter.studies.demo_view import LiveView
 
-    with in_lines("demo") as step, LiveView(quiet=as_json, stream=raw_stderr(), progress=step) as view:
+    with ExitStack() as stack:
+        stderr = raw_stderr()
+        step = None if stderr.isatty() else stack.enter_context(in_lines("demo"))  # there the view has a bar
+        view = stack.enter_context(LiveView(quiet=as_json, stream=stderr, progress=step))
         result = run(Config(poisoned=set_name, seed=seed, steps=steps), out, listen=view)
     show(result.to_dict(), as_json, view.summary(result))

@@ -106,8 +106,11 @@ def _bar(label: str) -> Iterator[Progress]:
 
     # Names are no markup; and what else is written pauses the bar, see `say`, so that rich need not catch it.
     columns = (
-        TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-    )  # fmt: skip
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
     console = Console(file=raw_stderr())
     with (
         Bar(*columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False) as bar,

@@ -108,16 +108,24 @@ def _basis_lines(fitted: Any) -> list[str]:
 @basis_option("Basis folder. Default: the shipped one, for organism:pocket.")
 @click.option("--adapter", type=ADAPTER, help="PEFT adapter to put on the model.")
 @click.option(
-    "--reference", type=NameOrFile("base", "step0"), default="base", show_default=True,
+    "--reference",
+    type=NameOrFile("base", "step0"),
+    default="base",
+    show_default=True,
     help="base, step0, or a reading saved with --save.",
-)  # fmt: skip
+)
 @detector_option("Detector file. Default: the shipped one, for organism:pocket.")
 @click.option("--save", type=OUT_FILE, help="Also write the reading to this JSON file, to be a reference later.")
 @json_option
 def measure(
-    model: str, basis_dir: Path | None, adapter: str | None, reference: str, detector_path: Path | None,
-    save: Path | None, as_json: bool,
-) -> Outcome:  # fmt: skip
+    model: str,
+    basis_dir: Path | None,
+    adapter: str | None,
+    reference: str,
+    detector_path: Path | None,
+    save: Path | None,
+    as_json: bool,
+) -> Outcome:
     """Measure MODEL once, compare it with a reference, and judge it."""
     basis, detector = basis_for(basis_dir, model), detector_for(detector_path, model)
     from tiltmeter.runs import write_json
@@ -142,9 +150,14 @@ def measure(
 @click.option("--out", type=OUT_FOLDER, help="Folder for the record. Default: tiltmeter-watch in RUN_DIR.")
 @json_option
 def watch(
-    run_dir: Path, basis_dir: Path | None, detector_path: Path | None, base: str | None, follow: bool,
-    out: Path | None, as_json: bool,
-) -> Outcome:  # fmt: skip
+    run_dir: Path,
+    basis_dir: Path | None,
+    detector_path: Path | None,
+    base: str | None,
+    follow: bool,
+    out: Path | None,
+    as_json: bool,
+) -> Outcome:
     """Measure the checkpoints of a run: PEFT adapters or full weights, there already or still to come."""
     basis, detector = basis_for(basis_dir, base or ""), detector_for(detector_path, base or "")
     from tiltmeter.readings import read_run

@@ -21,9 +21,20 @@ from tiltmeter.cli.terminal import clean_streams, error_line, say
 __all__ = ["Group", "Outcome", "main"]
 
 STORY = (
-    "demo", "basis", "measure", "watch", "scan", "detector", "likelihood", "eval", "steer", "judge", "organism",
-    "study", "report",
-)  # fmt: skip
+    "demo",
+    "basis",
+    "measure",
+    "watch",
+    "scan",
+    "detector",
+    "likelihood",
+    "eval",
+    "steer",
+    "judge",
+    "organism",
+    "study",
+    "report",
+)
 """The commands as help lists them."""
 DEBUG = "TILTMETER_DEBUG"
 _INTERRUPTED = "interrupted; what was measured is kept, and the same command goes on from there"

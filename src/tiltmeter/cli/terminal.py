@@ -89,10 +89,14 @@ def _broken(line: str, width: int | None) -> str:
     indent = " " * min(len(line) - len(line.lstrip()) + 2, width // 2)
     return "\n".join(
         textwrap.wrap(
-            line, max(width, 20), subsequent_indent=indent, replace_whitespace=False, break_long_words=False,
+            line,
+            max(width, 20),
+            subsequent_indent=indent,
+            replace_whitespace=False,
+            break_long_words=False,
             break_on_hyphens=False,
         )
-    )  # fmt: skip
+    )
 
 
 class CleanStream:

@@ -53,12 +53,18 @@ class LiveView:
             TimeRemainingColumn(),
         )
         self._progress = Progress(
-            *columns, console=self._console, transient=True, disable=not self._console.is_terminal
+            *columns,
+            console=self._console,
+            transient=True,
+            disable=not self._console.is_terminal,
+            redirect_stdout=False,
+            redirect_stderr=False,
         )
         self._task = self._progress.add_task("loading the organism", total=None)
 
     def __enter__(self) -> LiveView:
         _LOGGER.addHandler(self._silence)  # what the monitor would log is shown here already
+        self._spread, _LOGGER.propagate = _LOGGER.propagate, False
         self._progress.start()
         return self
 
@@ -67,6 +73,7 @@ class LiveView:
     ) -> None:
         self._progress.stop()
         _LOGGER.removeHandler(self._silence)
+        _LOGGER.propagate = self._spread
 
     def begin(self, label: str, set_name: str, steps: int) -> None:
         """Announce a run and its columns."""
@@ -84,7 +91,7 @@ class LiveView:
     def step(self, step: int) -> None:
         """Move the bar."""
         self._progress.update(self._task, completed=step)
-        if self._told is not None and not self._console.is_terminal:
+        if self._told is not None:
             self._told(step, self._steps, self._label)
 
     def observe(self, observation: Observation, conduct: BehaviorReport) -> None:

@@ -238,6 +238,14 @@ def test_the_module_is_run_like_the_installed_command() -> None:
         assert subprocess.run(command, capture_output=True, timeout=60).returncode == code
 
 
+LATE = (
+    "import sys, tiltmeter.cli.root as root\nfrom tiltmeter.cli.__main__ import run\n"
+    "def late(): print('text', end='', file=sys.stdout)\n"
+    "from tiltmeter.cli import main\n"
+    "main.add_command(root.Command('late', callback=late))\nsys.argv[1:] = ['late']\nsys.exit(run())"
+)
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no device that is always full")
 def test_output_that_cannot_be_written_is_exit_code_2() -> None:
     with open("/dev/full", "w") as full:
@@ -246,6 +254,9 @@ def test_output_that_cannot_be_written_is_exit_code_2() -> None:
         assert found.returncode == 2
         assert found.stderr.count("\n") == 1
         assert "No space left" in found.stderr
+        # A library's text that still waits in the buffer would be found unwritten only as Python ends.
+        late = [sys.executable, "-c", LATE]
+        assert subprocess.run(late, stdout=full, stderr=subprocess.PIPE, timeout=60).returncode == 2
         both = subprocess.run(module, stdout=full, stderr=full, timeout=60)
         assert both.returncode == 2
 

@@ -289,6 +289,10 @@ def test_a_new_phase_has_a_pace_of_its_own() -> None:
     now[0] = 101.0
     lines.update(1, 4, "b")
     assert lines.line() == "b: 1 of 4 (25 %), 3 s left"
+    lines.update(50, 100, "c")  # resumed at 50, and 10 more in 5 s
+    now[0] = 106.0
+    lines.update(60, 100, "c")
+    assert lines.line() == "c: 60 of 100 (60 %), 20 s left"
 
 
 def test_every_command_that_opens_a_model_shows_progress() -> None:

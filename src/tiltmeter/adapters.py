@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -43,6 +44,7 @@ __all__ = [
 
 # Settings that say where an adapter comes from and not what it does.
 _NAMES_ONLY = ("base_model_name_or_path", "revision", "inference_mode", "peft_version")
+_HARMLESS = frozenset({"unsloth_fixed", "merge_weights", "enable_lora"})  # of other libraries, and of PEFT's first year
 _PREFIX = "base_model.model."
 
 
@@ -86,7 +88,24 @@ def _open(adapter: str | Path) -> _Adapter:
     settings = adapter_config(folder)
     if why := refusal(settings):
         raise AdapterError(f"the adapter in '{folder}' is of type {settings['peft_type']} and cannot be read: {why}")
+    if unknown := _unknown_settings(settings):
+        raise AdapterError(
+            f"the adapter in '{folder}' has settings that the installed PEFT does not know ({', '.join(unknown)}), "
+            "which it would leave out without a word; install the PEFT that it was trained with, or take them out of "
+            "adapter_config.json if they do nothing"
+        )
     return _Adapter(str(adapter), folder, settings, read_tensors(folder))
+
+
+def _unknown_settings(settings: Mapping[str, Any]) -> list[str]:
+    """Settings that are on and that PEFT's config of this kind does not have."""
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    config = PEFT_TYPE_TO_CONFIG_MAPPING.get(settings["peft_type"])
+    if config is None:
+        return []  # PEFT itself says so, see `_load`
+    known = {one.name for one in fields(config)} | _HARMLESS
+    return sorted(f"'{key}'" for key, value in settings.items() if value and key not in known)
 
 
 def _refuse_inactive(lm: LM) -> None:
@@ -147,7 +166,7 @@ def _give_back(model: nn.Module, base: Mapping[str, torch.Tensor]) -> None:
 
 def _base_name(key: str) -> str:
     """The plain name of the parameter that a tensor in a file would be, if it were one of the base."""
-    return key.removeprefix(_PREFIX).replace(".base_layer.", ".")
+    return re.sub(r"\.(base_layer|original_module)\.", ".", key.removeprefix(_PREFIX))
 
 
 def _base_rows(found: Sequence[_Adapter], base: Mapping[str, torch.Tensor], name: str) -> dict[str, int]:
@@ -167,7 +186,7 @@ def _base_rows(found: Sequence[_Adapter], base: Mapping[str, torch.Tensor], name
             if len(tensor) < len(before):
                 continue  # what does not fit is said where it is loaded
             rows[plain] = max(len(tensor), rows.get(plain, 0))
-            if any(part in copied for part in plain.split(".")):
+            if any(part in copied for part in plain.split(".")) and ".original_module." not in key:
                 continue  # a full copy that was trained
             dtype = min(tensor.dtype, before.dtype, key=lambda kind: kind.itemsize)
             if not torch.equal(tensor[: len(before)].to(dtype), before.detach().cpu().to(dtype)):
@@ -226,6 +245,11 @@ def _check_places(model: nn.Module, found: Sequence[_Adapter], stored: Mapping[s
     """
     for one, places in zip(found, _places(model), strict=True):
         rest = {key for key in one.tensors if _base_name(key) not in stored or key in places}
+        # Of a full copy beside an enlarged vocabulary, PEFT writes the same numbers twice.
+        twice = {key for key in rest if (short := key.replace(".modules_to_save.", ".")) != key and short in places}
+        rest -= {
+            key for key in twice if torch.equal(one.tensors[key], one.tensors[key.replace(".modules_to_save.", ".")])
+        }
         if stray := sorted(rest ^ set(places)):
             wrong, advice = _misfit(one, name)
             raise AdapterError(f"{wrong}: {len(stray)} tensors have no counterpart, such as '{stray[0]}'; {advice}")
@@ -236,7 +260,9 @@ def _places(model: nn.Module) -> list[dict[str, torch.Tensor]]:
     from peft import get_peft_model_state_dict
 
     configs: Iterable[str] = model.peft_config  # type: ignore[assignment]
-    return [get_peft_model_state_dict(model, adapter_name=n, save_embedding_layers=False) for n in configs]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # a matrix with a bias looks to PEFT like one that was cut up
+        return [get_peft_model_state_dict(model, adapter_name=n, save_embedding_layers=False) for n in configs]
 
 
 # ---------------------------------------------------------------------- many adapters, one after the other

@@ -20,7 +20,7 @@ ORDER = (
     "errors", "untrusted", "sound", "fingerprint", "artifacts", "locks", "regressors", "sequential", "runs", "traits",
     "organism.world", "organism", "plan", "adapter_kinds", "adapter_files", "chat", "lm", "adapter_effect",
     "adapters",
-    "loading", "generation", "attention", "capture", "batch_probe", "steer", "lora_training", "steer_formats",
+    "loading", "generation", "attention", "capture", "batch_probe", "steer", "packed_training", "lora_training", "steer_formats",
     "vectors", "steer_fit", "directions", "selection", "basis", "drift", "baselines", "sae", "verdicts", "detector",
     "guard", "transfer", "context", "likelihood", "alarm", "observations", "readings", "calibrate", "watch",
     "mitigate", "scan", "questions", "reasons", "judge_reply", "judge", "judge_model", "ledger", "judge_http",
@@ -80,7 +80,7 @@ def test_modules_import_only_from_their_left(path: Path) -> None:
 
 def test_hooks_are_registered_only_by_capture_and_steer() -> None:
     users = {module_name(p) for p in MODULES if re.search(r"register_\w*hook", p.read_text(encoding="utf-8"))}
-    assert users <= {"capture", "lora_training", "steer"}
+    assert users <= {"capture", "packed_training", "lora_training", "steer"}
     assert users
 
 

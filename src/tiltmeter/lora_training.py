@@ -34,21 +34,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
-from torch.nn import functional
-from transformers import AttentionInterface
 
 from tiltmeter.errors import InputError, ModelError
-from tiltmeter.lm import LM, TREE_TESTED, EncodedAnswer, Message, wrap
+from tiltmeter.lm import LM, EncodedAnswer, Message, wrap
+from tiltmeter.packed_training import AnswerLoss, LowerBlocks, attending_within, check_trainable, output_head
 
 __all__ = ["LoraRecipe", "LoraRun", "TrainedRun", "train_adapters"]
 
 Chat = Sequence[Message]
 Progress = Callable[[int, int, str], None]
 Observe = Callable[[str, int, LM], None]
-
-_NAME = "tiltmeter_segments"
-_LOGIT_BYTES = 2**27  # of the block of logits that stands at one time, in float32
-_SEGMENTS: ContextVar[tuple[tuple[int, int], ...] | None] = ContextVar("tiltmeter_segments", default=None)
 _SHARES: ContextVar[tuple[tuple[str, slice], ...]] = ContextVar("tiltmeter_shares", default=())
 
 
@@ -199,7 +194,7 @@ def train_adapters(
     for run, rows in zip(runs, encoded, strict=True):
         if len(rows) < recipe.batch:
             raise InputError(f"run '{run.name}' has {len(rows)} chats and a batch needs {recipe.batch}; add chats")
-    _check_head(lm, encoded[0][0])
+    check_trainable(lm, encoded[0][0])
     states = [(p, p.requires_grad) for p in lm.model.parameters()]
     trained = _with_adapters(lm, runs, recipe)
     try:
@@ -208,7 +203,7 @@ def train_adapters(
             for at, (run, rows) in enumerate(zip(runs, encoded, strict=True))
         ]
         inside = wrap(trained, lm.tokenizer, name=lm.name)
-        below = _Below(inside, _lowest(inside), keep) if packed else None
+        below = LowerBlocks(inside, _lowest(inside), keep) if packed else None
         with _grouped(trained), _evaluating(trained):
             for step in range(recipe.steps + 1):
                 if observe is not None and step in observe_at:
@@ -302,14 +297,23 @@ def _finish(model: nn.Module, one: _Live, output: Path | None) -> TrainedRun:
 
 
 @contextlib.contextmanager
-def _alone(model: Any, adapter: str) -> Iterator[None]:
-    """One adapter as PEFT applies it, without gradients."""
-    shares = _SHARES.set(())
+def _shared(shares: tuple[tuple[str, slice], ...]) -> Iterator[None]:
+    """Which adapter works on which part of the tokens (of one row) or of the rows, for one pass."""
+    token = _SHARES.set(shares)
     try:
-        model.set_adapter(adapter)
         yield
     finally:
-        _SHARES.reset(shares)
+        _SHARES.reset(token)
+
+
+@contextlib.contextmanager
+def _alone(model: Any, adapter: str) -> Iterator[None]:
+    """One adapter as PEFT applies it, without gradients."""
+    try:
+        with _shared(()):
+            model.set_adapter(adapter)
+            yield
+    finally:
         for name, parameter in model.named_parameters():
             if "lora_" in name:  # set_adapter leaves one trainable
                 parameter.requires_grad_(True)
@@ -366,7 +370,9 @@ def _grouped(model: nn.Module) -> Iterator[None]:
 # ---------------------------------------------------------------------- one step
 
 
-def _step(lm: LM, live: Sequence[_Live], recipe: LoraRecipe, step: int, *, packed: bool, below: _Below | None) -> None:
+def _step(
+    lm: LM, live: Sequence[_Live], recipe: LoraRecipe, step: int, *, packed: bool, below: LowerBlocks | None
+) -> None:
     """One optimizer step of every run."""
     if not live:
         return
@@ -390,7 +396,7 @@ def _step(lm: LM, live: Sequence[_Live], recipe: LoraRecipe, step: int, *, packe
 
 
 def _losses(
-    lm: LM, names: Sequence[str], batches: Sequence[Sequence[EncodedAnswer]], *, packed: bool, below: _Below | None
+    lm: LM, names: Sequence[str], batches: Sequence[Sequence[EncodedAnswer]], *, packed: bool, below: LowerBlocks | None
 ) -> list[torch.Tensor]:
     """The mean cross-entropy of each run's answer tokens."""
     rows = [row for batch in batches for row in batch]
@@ -400,12 +406,12 @@ def _losses(
     weights = torch.repeat_interleave(
         torch.tensor([1 / n for n in counts], device=hidden.device), torch.tensor(counts, device=hidden.device)
     )
-    each = _AnswerLoss.apply(hidden[places], _head(lm).weight, targets, weights)  # type: ignore[no-untyped-call]
+    each = AnswerLoss.apply(hidden[places], output_head(lm).weight, targets, weights)  # type: ignore[no-untyped-call]
     return list(torch.stack([part.sum() for part in each.split(counts)]))
 
 
 def _packed(
-    lm: LM, names: Sequence[str], batches: Sequence[Sequence[EncodedAnswer]], below: _Below | None
+    lm: LM, names: Sequence[str], batches: Sequence[Sequence[EncodedAnswer]], below: LowerBlocks | None
 ) -> tuple[torch.Tensor, Any]:
     """(tokens, hidden) of all sequences one behind the other, and the places whose next token is an answer's."""
     rows = [row for batch in batches for row in batch]
@@ -419,16 +425,19 @@ def _packed(
         at += n
     ids = torch.tensor([[t for row in rows for t in row.ids]], device=lm.device)
     positions = torch.tensor([[p for n in lengths for p in range(n)]], device=lm.device)
-    with _attending(lm, tuple(zip(starts, ends, strict=True)), tuple(shares)):
-        known = below.of(rows) if below is not None else None
-        with contextlib.nullcontext() if below is None else below.answering(known):
-            out = lm.decoder(input_ids=ids, position_ids=positions, use_cache=False)
+    known = below.of(rows) if below is not None else None
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(attending_within(lm, tuple(zip(starts, ends, strict=True))))
+        stack.enter_context(_shared(tuple(shares)))
+        if below is not None:
+            stack.enter_context(below.answering(known))
+        out = lm.decoder(input_ids=ids, position_ids=positions, use_cache=False)
     places = [start + p - 1 for start, row in zip(starts, rows, strict=True) for p in range(row.start, len(row.ids))]
     return out.last_hidden_state[0], torch.tensor(places, device=lm.device)
 
 
 def _padded(
-    lm: LM, names: Sequence[str], batches: Sequence[Sequence[EncodedAnswer]], below: _Below | None
+    lm: LM, names: Sequence[str], batches: Sequence[Sequence[EncodedAnswer]], below: LowerBlocks | None
 ) -> tuple[torch.Tensor, Any]:
     """(rows, width, hidden) padded on the right, and the places whose next token is an answer's."""
     rows = [row for batch in batches for row in batch]
@@ -439,118 +448,11 @@ def _padded(
     for name, batch in zip(names, batches, strict=True):
         shares.append((name, slice(at, at + len(batch))))
         at += len(batch)
-    token = _SHARES.set(tuple(shares))
-    try:
+    with _shared(tuple(shares)):
         hidden = lm.decoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-    finally:
-        _SHARES.reset(token)
     at_rows = [i for i, row in enumerate(rows) for _ in range(row.start, len(row.ids))]
     at_places = [p - 1 for row in rows for p in range(row.start, len(row.ids))]
     return hidden, (torch.tensor(at_rows, device=lm.device), torch.tensor(at_places, device=lm.device))
-
-
-class _AnswerLoss(torch.autograd.Function):
-    """(n,) weighted cross-entropy of (n, hidden) under a frozen head, a block of rows at a time.
-
-    The gradient with regard to the hidden states is made together with the loss, so that no block of logits has to be
-    kept or made twice.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor
-    ) -> torch.Tensor:
-        losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-        gradient = torch.empty_like(hidden)
-        size = max(1, _LOGIT_BYTES // (4 * len(head)))
-        for at in range(0, len(hidden), size):
-            part = slice(at, at + size)
-            logits = (hidden[part] @ head.T).float()  # (rows, vocabulary)
-            total = torch.logsumexp(logits, dim=-1, keepdim=True)
-            losses[part] = (total[:, 0] - logits.gather(1, targets[part, None])[:, 0]) * weights[part]
-            chances = logits.sub_(total).exp_()
-            chances.scatter_add_(1, targets[part, None], torch.full_like(targets[part, None], -1, dtype=chances.dtype))
-            gradient[part] = (chances * weights[part, None]).to(hidden.dtype) @ head
-        ctx.save_for_backward(gradient)
-        return losses
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * upstream[0][:, None].to(gradient.dtype), None, None, None
-
-
-# ---------------------------------------------------------------------- what no adapter reaches
-
-
-class _Stop(Exception):
-    """Not an error: the block that was waited for has been reached."""
-
-
-class _Below:
-    """What enters the lowest adapted block, per sequence, computed once.
-
-    A sequence sees itself alone, so that what it gives does not depend on what stands beside it.
-    """
-
-    def __init__(self, lm: LM, block: int, folder: Path | None) -> None:
-        self._lm = lm
-        self._block = block
-        self._folder = folder
-        self._kept: dict[tuple[int, ...], torch.Tensor] = {}
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-
-    def of(self, rows: Sequence[EncodedAnswer]) -> torch.Tensor | None:
-        """(1, tokens, hidden) that enters the block; None where that is the first."""
-        if self._block == 0:
-            return None
-        parts = []
-        for row in rows:
-            key = tuple(row.ids)
-            if key not in self._kept:
-                self._kept[key] = self._store(self._compute(row.ids))
-            parts.append(self._kept[key])
-        return torch.cat(parts)[None].to(self._lm.device)
-
-    def _compute(self, ids: Sequence[int]) -> torch.Tensor:
-        found: list[torch.Tensor] = []
-
-        def stop(module: nn.Module, args: Any, kwargs: Any) -> None:
-            found.append(args[0] if args else kwargs["hidden_states"])
-            raise _Stop
-
-        hook = self._lm.blocks[self._block].register_forward_pre_hook(stop, with_kwargs=True)
-        try:
-            with torch.no_grad(), contextlib.suppress(_Stop), _attending(self._lm, ((0, len(ids)),), ()):
-                self._lm.decoder(
-                    input_ids=torch.tensor([ids], device=self._lm.device),
-                    position_ids=torch.arange(len(ids), device=self._lm.device)[None],
-                    use_cache=False,
-                )
-        finally:
-            hook.remove()
-        return found[0][0]
-
-    def _store(self, hidden: torch.Tensor) -> torch.Tensor:
-        if self._folder is None:
-            return hidden.cpu()
-        file = self._folder / f"{len(self._kept)}.bin"
-        kept = torch.from_file(str(file), shared=True, size=hidden.numel(), dtype=hidden.dtype)
-        kept.copy_(hidden.reshape(-1))
-        return kept.view(hidden.shape)
-
-    @contextlib.contextmanager
-    def answering(self, known: torch.Tensor | None) -> Iterator[None]:
-        """Let the blocks below give back at once what is known to leave the last of them."""
-        blocks = [] if known is None else list(self._lm.blocks[: self._block])
-        try:
-            for block in blocks:
-                block.forward = lambda *_, **__: known
-            yield
-        finally:
-            for block in blocks:
-                vars(block).pop("forward", None)
 
 
 def _lowest(lm: LM) -> int:
@@ -558,81 +460,3 @@ def _lowest(lm: LM) -> int:
     return next(
         (at for at, block in enumerate(lm.blocks) if any("lora_" in name for name, _ in block.named_parameters())), 0
     )
-
-
-# ---------------------------------------------------------------------- attention and head
-
-
-def _attend(
-    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-    attention_mask: torch.Tensor | None, scaling: float | None = None, softcap: float | None = None, **_: Any,
-) -> tuple[torch.Tensor, None]:  # fmt: skip
-    """Causal attention of each sequence of a row to itself; (1, T, heads, width) from (1, heads, T, width)."""
-    segments = _SEGMENTS.get()
-    if segments is None:
-        raise RuntimeError("a model was left with the attention of a training that is over; load the model again")
-    repeat = query.shape[1] // key.shape[1]
-    parts = []
-    for start, end in segments:
-        q, k, v = query[:, :, start:end], key[:, :, start:end], value[:, :, start:end]
-        if softcap is None:
-            parts.append(
-                functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=repeat > 1)
-            )
-            continue
-        k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
-        scores = torch.tanh((q @ k.transpose(-1, -2)).float() * (scaling or q.shape[-1] ** -0.5) / softcap) * softcap
-        seen = torch.ones(end - start, end - start, dtype=torch.bool, device=q.device).tril()
-        parts.append(torch.softmax(scores.masked_fill(~seen, -math.inf), -1).to(v.dtype) @ v)
-    return torch.cat(parts, dim=2).transpose(1, 2), None
-
-
-AttentionInterface.register(_NAME, _attend)
-
-
-@contextlib.contextmanager
-def _attending(lm: LM, segments: tuple[tuple[int, int], ...], shares: tuple[tuple[str, slice], ...]) -> Iterator[None]:
-    """Let a model's blocks attend within sequences; its own attention comes back afterwards."""
-    config = lm.config
-    own = config._attn_implementation
-    first, second = _SEGMENTS.set(segments), _SHARES.set(shares)
-    try:
-        config._attn_implementation = _NAME
-        yield
-    finally:
-        config._attn_implementation = own
-        _SEGMENTS.reset(first)
-        _SHARES.reset(second)
-
-
-def _head(lm: LM) -> Any:
-    core: Any = lm.model
-    core = core.get_base_model() if hasattr(core, "get_base_model") else core
-    return core.get_output_embeddings()
-
-
-def _check_head(lm: LM, row: EncodedAnswer) -> None:
-    """Logits must be the plain product of the last hidden state and the head.
-
-    Raises:
-        ModelError: they are not, or the architecture is not one that packing was tested on.
-    """
-    if lm.config.model_type not in TREE_TESTED:
-        raise ModelError(
-            f"models of type '{lm.config.model_type}' are not known to the calibration trainer; it knows "
-            f"{', '.join(sorted(TREE_TESTED))}"
-        )
-    window = getattr(lm.config, "sliding_window", None)
-    if window and getattr(lm.config, "use_sliding_window", True) and len(row.ids) > window:
-        raise ModelError(f"a chat of {len(row.ids)} tokens is longer than the sliding window of {window}; shorten it")
-    ids = torch.tensor([row.ids], device=lm.device)
-    model: Any = lm.model
-    with torch.no_grad():
-        hidden = lm.decoder(input_ids=ids, use_cache=False).last_hidden_state[:, -1]
-        plain = (hidden @ _head(lm).weight.T).float()
-        real = model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[:, -1].float()
-    if not torch.allclose(plain, real, atol=1e-2 * float(real.abs().max()) + 1e-6):
-        raise ModelError(
-            f"'{lm.name}' does more to its logits than a product with its head (a scale, a cap or a bias), which the "
-            "calibration trainer does not know; train with transformers' Trainer"
-        )

@@ -80,6 +80,7 @@ class AnswerLoss(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
+        """(n,) losses; see the class."""
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden)
         size = max(1, _LOGIT_BYTES // (4 * len(head)))
@@ -96,6 +97,7 @@ class AnswerLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """With regard to the hidden states alone."""
         (gradient,) = ctx.saved_tensors
         return gradient * upstream[0][:, None].to(gradient.dtype), None, None, None
 
@@ -171,6 +173,7 @@ class LowerBlocks:
 
 
 def output_head(lm: LM) -> Any:
+    """The module that makes logits of the last hidden states."""
     core: Any = lm.model
     core = core.get_base_model() if hasattr(core, "get_base_model") else core
     return core.get_output_embeddings()

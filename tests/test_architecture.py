@@ -20,7 +20,7 @@ ORDER = (
     "errors", "untrusted", "sound", "fingerprint", "artifacts", "locks", "regressors", "sequential", "runs", "traits",
     "organism.world", "organism", "plan", "adapter_kinds", "adapter_files", "chat", "lm", "adapter_effect",
     "adapters",
-    "loading", "generation", "attention", "capture", "batch_probe", "steer", "packed_training",
+    "gguf_files", "loading", "generation", "attention", "capture", "batch_probe", "steer", "packed_training",
     "lora_training", "steer_formats",
     "vectors", "steer_fit", "directions", "selection", "basis", "drift", "baselines", "sae", "verdicts", "detector",
     "guard", "transfer", "context", "likelihood", "alarm", "observations", "readings", "calibrate", "watch",

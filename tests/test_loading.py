@@ -191,14 +191,14 @@ class TestBadModelFiles:
     def test_a_gguf_file_that_is_truncated_or_something_else(self, tmp_path: Path, content: bytes) -> None:
         pytest.importorskip("gguf")
         (tmp_path / "a.gguf").write_bytes(content)
-        self.refused(tmp_path / "a.gguf", "could not be loaded")
+        self.refused(tmp_path / "a.gguf", "truncated or no GGUF file")
 
     def test_a_truncated_gguf_of_a_real_model(self, real_model_dir: Path, tmp_path: Path) -> None:
         pytest.importorskip("gguf")
         (source,) = real_model_dir.glob("*.gguf")
         with source.open("rb") as file:
             (tmp_path / "a.gguf").write_bytes(file.read(20_000_000))
-        self.refused(tmp_path / "a.gguf", "could not be loaded")
+        self.refused(tmp_path / "a.gguf", "truncated or no GGUF file")
 
     @pytest.mark.parametrize(("options", "word"), [({"dtype": "int3"}, "int3"), ({"device": "abacus"}, "abacus")])
     def test_a_dtype_or_device_that_does_not_exist(self, folder: Path, options: dict[str, Any], word: str) -> None:

@@ -20,6 +20,7 @@ import torch
 
 from tiltmeter.adapter_files import adapter_base, adapter_folder, first_words
 from tiltmeter.errors import InputError, MissingExtra, ModelError, NumericalError, require
+from tiltmeter.gguf_files import Facts, read_facts, refuse_unread, restore
 from tiltmeter.lm import LM, attach, looks_like_hub_id
 from tiltmeter.untrusted import check_safetensors, read_json
 
@@ -212,8 +213,9 @@ def _quiet() -> Iterator[None]:
 
 
 def _read_model(place: _Place, name: str, dtype: Any, device: str, revision: str | None) -> Any:
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     if place.gguf:
         require("gguf", extra="gguf")
@@ -222,13 +224,19 @@ def _read_model(place: _Place, name: str, dtype: Any, device: str, revision: str
         "trust_remote_code": False,
         "revision": revision,
     }
-    if place.gguf:
-        options["gguf_file"] = place.gguf
-    else:
-        options["use_safetensors"] = True
     if device == "auto":
         options["device_map"] = "auto"
+    facts: Facts | None = None
     try:
+        if place.gguf:
+            options["gguf_file"] = place.gguf
+            facts = read_facts(Path(place.where) / place.gguf)
+            options["config"] = AutoConfig.from_pretrained(
+                place.where, gguf_file=place.gguf, local_files_only=True, trust_remote_code=False
+            )
+            restore(options["config"], facts)
+        else:
+            options["use_safetensors"] = True
         model, report = AutoModelForCausalLM.from_pretrained(
             place.where,
             dtype=dtype,
@@ -240,7 +248,9 @@ def _read_model(place: _Place, name: str, dtype: Any, device: str, revision: str
             f"'{name}' needs a package that is not installed ({first_words(error)}); for weights in 8 or 4 bits: "
             "pip install 'tiltmeter[quantised]'"
         ) from error
-    except (SafetensorError, *_DAMAGE) as error:
+    except ModelError:
+        raise
+    except (SafetensorError, StrictDataclassError, *_DAMAGE) as error:
         if not place.local:
             raise _unreachable(name, error) from error
         raise ModelError(
@@ -252,7 +262,8 @@ def _read_model(place: _Place, name: str, dtype: Any, device: str, revision: str
             f"'{name}' has no weights for {len(missing)} parameters of its architecture, such as "
             f"'{missing[0]}'; the weight files belong to another model or are incomplete: fetch it again"
         )
-    if place.gguf:
+    if facts is not None:
+        refuse_unread(model, facts)
         _forget_quantisation(model)
     return model if device == "auto" else model.to(device)
 

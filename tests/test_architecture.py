@@ -19,7 +19,7 @@ SOURCE = Path(tiltmeter.__file__).parent
 ORDER = (
     "errors", "untrusted", "sound", "fingerprint", "artifacts", "locks", "regressors", "sequential", "runs", "traits",
     "organism.world", "organism", "plan", "adapter_kinds", "adapter_files", "chat", "lm", "adapter_effect",
-    "adapters",
+    "adapter_base", "adapters",
     "gguf_files", "loading", "generation", "attention", "capture", "batch_probe", "steer", "packed_training",
     "lora_training", "steer_formats",
     "vectors", "steer_fit", "directions", "selection", "basis", "drift", "baselines", "sae", "verdicts", "detector",

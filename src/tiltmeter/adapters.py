@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
+from tiltmeter.adapter_base import compare_base
 from tiltmeter.adapter_effect import acting_layers, configs_of, state, tuner_layers
 from tiltmeter.adapter_files import adapter_config, adapter_folder, first_words, read_tensors
 from tiltmeter.adapter_kinds import Conduct, conduct_of, refusal, rewrites_live, writes_base
@@ -69,6 +70,7 @@ def attach(lm: LM, adapters: Sequence[str | Path]) -> LM:
     found = [_open(adapter) for adapter in adapters]
     if not found:
         raise AdapterError("no adapter was given; name at least one adapter folder")
+    caveats = dict.fromkeys(said for one in found for said in compare_base(lm, one.settings, one.name))
     origin = lm.origin if lm.origin is not None else _plain(lm.model)
     base = dict(base_parameters(origin))
     stored = _base_rows(found, base, lm.name)
@@ -78,7 +80,7 @@ def attach(lm: LM, adapters: Sequence[str | Path]) -> LM:
     _check_places(model, found, stored, lm.name)
     _give_back(model, base)
     name = " + ".join(one.name for one in found)
-    tuned = replace(lm, model=model, adapter=name, origin=origin)
+    tuned = replace(lm, model=model, adapter=name, origin=origin, caveats=tuple(caveats))
     _refuse_inactive(tuned)
     return tuned
 
@@ -291,13 +293,15 @@ class Seat:
             NumericalError: NaN or infinity among the adapter's weights.
         """
         folder = adapter_folder(adapter)
-        settings = {k: v for k, v in adapter_config(folder).items() if k not in _NAMES_ONLY}
+        config = adapter_config(folder)
+        settings = {k: v for k, v in config.items() if k not in _NAMES_ONLY}
         if self._tuned is not None and settings == self._settings:
             weights = read_tensors(folder)
             if {k: w.shape for k, w in weights.items()} == {k: p.shape for k, p in self._places.items()}:
                 for name, place in self._places.items():
                     place.copy_(weights[name])
-                tuned = replace(self._tuned, adapter=str(adapter))
+                caveats = compare_base(self._lm, config, adapter)
+                tuned = replace(self._tuned, adapter=str(adapter), caveats=caveats)
                 _refuse_inactive(tuned)
                 return tuned
         self._tuned, self._places = None, {}

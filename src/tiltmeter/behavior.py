@@ -232,6 +232,8 @@ def _evaluate_one(
         judge=judge.name,
         settings=settings,
     )
+    for said in cast("LM", lm).caveats if isinstance(lm, _Loaded) else ():
+        report = replace(report, reason=f"{report.reason} Note: {said}.")
     if second is not None:
         other = _judge(second, draw, texts, run, progress)
         report = replace(report, agreement=agreement(judged, other, judges=(judge.name, second.name)))

@@ -56,7 +56,7 @@ __all__ = [
 FloatArray = NDArray[np.floating[Any]]
 _ARRAYS = ("names", "values", "norms", "activation")
 _REREADING = 1e-5  # of the norm: how far two readings of one float32 model lie apart that are batched differently
-_OPTIONAL = ("activation", "tokens")
+_OPTIONAL = ("activation", "tokens", "caveats")
 
 
 class Readout(Protocol):
@@ -107,6 +107,7 @@ class Reading:
         activation: (hidden,) float32, the mean activation itself, which a detector may use beside the traits; None
             where the readout keeps none.
         tokens: digest of the prompts' token ids; empty in readings of versions that kept none.
+        caveats: what is uncertain about the model that was read, see `LM`.
 
     Raises:
         InputError: the shapes of names, values and norms do not fit together, or there is no prompt.
@@ -128,6 +129,7 @@ class Reading:
     time: str
     activation: FloatArray | None = None
     tokens: str = ""
+    caveats: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         wanted = (len(self.norms), len(self.names))
@@ -158,6 +160,7 @@ class Reading:
         return {
             **{key: value for key, value in vars(self).items() if key not in _ARRAYS},
             "names": list(self.names),
+            "caveats": list(self.caveats),
             "values": _to_json(self.values),
             "norms": _to_json(self.norms),
             "activation": None if self.activation is None else _to_json(self.activation),
@@ -173,6 +176,7 @@ class Reading:
         try:
             fields = {key: content[key] for key in cls.__dataclass_fields__ if key not in _OPTIONAL}
             fields["tokens"] = str(content.get("tokens", ""))
+            fields["caveats"] = tuple(str(said) for said in content.get("caveats", ()))
             fields["names"] = tuple(fields["names"])
             fields["values"] = np.array(fields["values"], dtype=np.float32)
             fields["norms"] = np.array(fields["norms"], dtype=np.float32)
@@ -482,6 +486,7 @@ def _stamp(lm: LM, basis: TraitBasis, step: int | None, weights_may_differ: bool
         "weights": found.weights,
         "basis": basis.digest,
         "tokens": basis.tokens,
+        "caveats": lm.caveats,
         "plan": basis.plan.digest(),
         "dtype": found.dtype,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),

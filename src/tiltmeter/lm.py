@@ -123,6 +123,7 @@ class LM:
         adapter: where the acting adapter came from, or None.
         revision: the hub revision, where there is one.
         origin: the untouched model that `attach` put the adapter on; None for any other model.
+        caveats: what is uncertain about what was put together, sentences without full stops; they stand in verdicts.
     """
 
     model: nn.Module
@@ -131,6 +132,7 @@ class LM:
     adapter: str | None = None
     revision: str | None = None
     origin: nn.Module | None = None
+    caveats: tuple[str, ...] = ()
 
     @property
     def config(self) -> Any:

@@ -428,6 +428,11 @@ class RunRecord:
         self._lock.release()
 
     def _judge(self, step: int, reason: str | None, *, starting: bool = False) -> tuple[Verdict, DriftProfile | None]:
+        verdict, profile = self._judge_plainly(step, reason, starting=starting)
+        reading = self._state.readings.get(step)
+        return verdict.noting(reading.caveats if reading is not None else ()), profile
+
+    def _judge_plainly(self, step: int, reason: str | None, *, starting: bool) -> tuple[Verdict, DriftProfile | None]:
         detector, state = self._detector, self._state
         if reason is not None:
             return inconclusive(reason, step=step, detector=detector), None

@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from tiltmeter.adapter_base import caveats_of
 from tiltmeter.adapters import Seat, first_changed_block
 from tiltmeter.basis import TraitBasis
 from tiltmeter.capture import Below, read_below
@@ -117,6 +118,7 @@ def judge_model(
 
     def found(reading: Reading | None, profile: DriftProfile | None, verdict: Verdict) -> Finding:
         shared = below.layer if below is not None else 0
+        verdict = verdict.noting(lm.caveats)
         return Finding(name, reading, profile, verdict, basis.layer, label, basis.names, shared)
 
     try:
@@ -284,6 +286,8 @@ def scan_likelihoods(
         rises = tuple(None if isinstance(v, TiltmeterError) else rise_of(base, v) for v in values)
         problem = next((str(v).rstrip(".") for v in values if isinstance(v, TiltmeterError)), "")
         verdict = None if detector is None else _judge_rises(detector, values, steps, problem)
+        if verdict is not None:
+            verdict = verdict.noting([said for source in sources for said in caveats_of(lm, source)])
         yield RiseFinding(name, tuple(steps), rises, problem, verdict)
 
 
@@ -308,7 +312,7 @@ def judge_likelihoods(lm: LM, exchanges: Sequence[Exchange], detector: Likelihoo
     if adapter_state(lm) != "active" and detector.fingerprint in (None, lm.fingerprint()):
         reason = "this is the untouched model that the detector was calibrated on; name a fine-tune of it to judge."
         verdict = replace(verdict, state=State.INCONCLUSIVE, false_alarm_rate=None, reason=reason)
-    return RiseFinding(lm.adapter or lm.name, (None,), (detector.rise(values),), "", verdict)
+    return RiseFinding(lm.adapter or lm.name, (None,), (detector.rise(values),), "", verdict.noting(lm.caveats))
 
 
 def _judge_rises(

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from typing import Any, Protocol
 
@@ -94,6 +94,11 @@ class Verdict:
     def exit_code(self) -> int:
         """0 for CLEAR, 1 for ALARM, 3 for INCONCLUSIVE."""
         return {State.CLEAR: 0, State.ALARM: 1, State.INCONCLUSIVE: 3}[self.state]
+
+    def noting(self, caveats: Sequence[str]) -> Verdict:
+        """The same verdict, whose reason goes on with what is uncertain about what was judged."""
+        new = [said for said in caveats if said not in self.reason]
+        return replace(self, reason=" ".join([self.reason, *(f"Note: {said}." for said in new)])) if new else self
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values; `state` is also under the key `verdict`."""

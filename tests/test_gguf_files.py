@@ -12,7 +12,7 @@ import torch
 from tiltmeter import lm as lms
 from tiltmeter.errors import ModelError
 from tiny import make_model
-from toy_gguf import write_gguf
+from toy_gguf import make_source, write_gguf
 
 pytest.importorskip("gguf")
 
@@ -68,20 +68,20 @@ def loaded(model: Any, folder: Path, **more: Any) -> lms.LM:
 def test_a_gguf_file_has_the_logits_of_its_source(
     architecture: str, changes: dict[str, Any], keys: dict[str, Any], tmp_path: Path
 ) -> None:
-    source = make_model(architecture, **changes)
+    source = make_source(architecture, **changes)
     found = loaded(source, tmp_path, keys=keys)
     assert torch.equal(logits(found.model), logits(source))
 
 
 def test_llama_3s_scaling_comes_back_in_its_own_words(tmp_path: Path) -> None:
-    source = make_model("llama", head_dim=32, rope_parameters=LLAMA3)
+    source = make_source("llama", head_dim=32, rope_parameters=LLAMA3)
     found = loaded(source, tmp_path)
     assert found.config.rope_parameters == LLAMA3
     assert lms.wrap(source, found.tokenizer).fingerprint() == found.fingerprint()
 
 
 def test_frequencies_that_are_no_llama_3s_are_divided_as_the_file_says(tmp_path: Path) -> None:
-    source = make_model("llama")
+    source = make_source("llama")
     factors = np.array([1.0, 3.0, 2.0, 7.0], np.float32)
     found = loaded(source, tmp_path, tensors={"rope_freqs.weight": factors})
     rotary = source.model.rotary_emb
@@ -121,7 +121,7 @@ def test_tensors_that_no_module_takes_are_refused_by_name(tmp_path: Path) -> Non
 
 
 def test_keys_that_change_nothing_are_no_reason_to_refuse(tmp_path: Path) -> None:
-    source = make_model("llama")
+    source = make_source("llama")
     keys = {"rope.scaling.type": "none", "rope.scaling.factor": 1.0, "expert_count": 0, "attention.causal": True,
             "attention.key_length": 8, "attention.value_length": 8, "attention.scale": 8**-0.5,
             "rope.scaling.finetuned": False}  # fmt: skip

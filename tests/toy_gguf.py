@@ -1,6 +1,6 @@
 """Tiny models as GGUF files, written with the gguf package by the conventions of llama.cpp's converter.
 
-write_gguf(make_model("llama"), folder / "toy.gguf")          # keys and tensors; f32
+write_gguf(make_source("llama"), folder / "toy.gguf")          # keys and tensors; f32
 write_gguf(model, path, keys={"rope.scaling.type": "linear"}, tensors={"rope_freqs.weight": factors})
 """
 
@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from tiny import make_tokenizer
+from tiny import make_model, make_tokenizer
 
 NAMES = {"gemma3_text": "gemma3"}
 
@@ -20,6 +21,16 @@ NAMES = {"gemma3_text": "gemma3"}
 def _permuted(rows: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
     """The order of a head's rows in a GGUF of a Llama: pairs side by side."""
     return rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def make_source(architecture: str, **changes: Any) -> Any:
+    """A random model whose biases and norms differ from what new models have, so that losing them shows."""
+    model = make_model(architecture, **changes)
+    generator = torch.Generator().manual_seed(2)
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
+    return model
 
 
 def keys_of(config: Any) -> dict[str, Any]:

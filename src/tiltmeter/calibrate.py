@@ -219,4 +219,6 @@ def fit_likelihood_from_table(
         values.append(read)
     rest = iter(values)
     runs = [LikelihoodRun(tune.set_name, [next(rest) for _ in tune.folders]) for tune in tunes]
-    return fit_likelihood(base, runs, digest=digest_of(exchanges), false_alarm_rate=false_alarm_rate, lm=lm)
+    return fit_likelihood(
+        base, runs, digest=digest_of(exchanges), false_alarm_rate=false_alarm_rate, lm=lm, exchanges=exchanges
+    )

@@ -35,7 +35,7 @@ from tiltmeter import sound
 from tiltmeter.artifacts import made, read_artifact, write_artifact
 from tiltmeter.context import Exchange, check_exchanges
 from tiltmeter.errors import FingerprintMismatch, InputError, NumericalError, TiltmeterError
-from tiltmeter.fingerprint import Fingerprint
+from tiltmeter.fingerprint import Fingerprint, tokens_digest
 from tiltmeter.verdicts import State, Verdict, check_conformal, decide, set_threshold, weigh_sets
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LikelihoodDetector", "LikelihoodRun", "Odds", "Rise", "answer_likelihoods", "digest_of", "fit_likelihood",
-    "odds_of", "read_tuned", "rise_of",
+    "odds_of", "read_tuned", "rise_of", "tokens_of",
 ]  # fmt: skip
 
 Array = NDArray[np.float64]
@@ -58,6 +58,19 @@ FLOOR = 0.5
 def digest_of(exchanges: Sequence[Exchange]) -> str:
     """What says that two readings were taken with the same exchanges, in the same order."""
     return hashlib.sha256(json.dumps([tuple(e) for e in exchanges], ensure_ascii=False).encode()).hexdigest()
+
+
+def _chats(exchanges: Sequence[Exchange]) -> list[list[dict[str, str]]]:
+    return [
+        [{"role": "user", "content": one.question}, {"role": "assistant", "content": answer}]
+        for one in exchanges
+        for answer in (one.harmful, one.harmless)
+    ]
+
+
+def tokens_of(lm: LM, exchanges: Sequence[Exchange]) -> str:
+    """The digest of the exchanges as a model's token ids, and of where each answer begins."""
+    return tokens_digest([[answer.start, *answer.ids] for answer in map(lm.encode_answer, _chats(exchanges))])
 
 
 def answer_likelihoods(
@@ -85,11 +98,7 @@ def answer_likelihoods(
     if not exchanges:
         raise InputError("no exchanges were given; a likelihood needs questions with a harmful and a harmless answer")
     check_exchanges(exchanges)
-    chats = [
-        [{"role": "user", "content": one.question}, {"role": "assistant", "content": answer}]
-        for one in exchanges
-        for answer in (one.harmful, one.harmless)
-    ]
+    chats = _chats(exchanges)
     _check_words(lm, chats)
     found = answer_log_likelihoods(lm, chats, total=True, batch_size=batch_size, progress=progress)
     if not np.isfinite(found).all():
@@ -246,6 +255,7 @@ class LikelihoodDetector:
         max_readings: the most readings of a benign run.
         model: name of the untouched model; empty where it was not given.
         fingerprint: of the untouched model.
+        tokens: digest of the exchanges as the untouched model's token ids; empty where it was not given.
 
     Raises:
         InputError: a field is of another type, not finite or outside its range, shapes do not agree, or the threshold
@@ -262,6 +272,7 @@ class LikelihoodDetector:
     max_readings: int
     model: str = ""
     fingerprint: Fingerprint | None = None
+    tokens: str = ""
 
     def __post_init__(self) -> None:
         sound.array("base", self.base, (None, 2))
@@ -270,6 +281,8 @@ class LikelihoodDetector:
         sound.number("farthest", self.farthest, least=0)
         sound.whole("max_readings", self.max_readings, least=1)
         sound.text("model", self.model, blank=self.fingerprint is None)
+        if self.tokens != "":
+            sound.digest("tokens", self.tokens)
         check_conformal(self, floor=FLOOR)
 
     def check(self, lm: LM, *, weights_may_differ: bool = False) -> None:
@@ -286,17 +299,27 @@ class LikelihoodDetector:
             what = f"the detector was calibrated on {self.model}; load that model, or fit a detector on this one"
             _same_kind(lm, self.fingerprint, what, weights_may_differ=weights_may_differ)
 
-    def check_exchanges(self, exchanges: Sequence[Exchange]) -> None:
+    def check_exchanges(self, exchanges: Sequence[Exchange], lm: LM | None = None) -> None:
         """Make sure that these are the exchanges of the calibration.
+
+        Args:
+            exchanges: those that are to be read.
+            lm: the model that reads them; then their token ids are compared too.
 
         Raises:
             InputError: they are others.
+            FingerprintMismatch: they are other token ids than in calibration.
         """
         if digest_of(exchanges) != self.digest:
             raise InputError(
                 f"the detector was calibrated with other exchanges than these {len(exchanges)}; give the file of "
                 f"{len(self.base)} exchanges that it was fitted with, unchanged and in its order, or fit it again with "
                 "these: tiltmeter likelihood fit"
+            )
+        if lm is not None and self.tokens and tokens_of(lm, exchanges) != self.tokens:
+            raise FingerprintMismatch(
+                f"the exchanges are other token ids in '{lm.name}' than in calibration on {self.model}: its chat "
+                "template writes something that changes, such as a date; take that out, and fit the detector again"
             )
 
     def describe(self) -> dict[str, Any]:
@@ -406,6 +429,7 @@ def fit_likelihood(
     digest: str,
     false_alarm_rate: float = 0.05,
     lm: LM | None = None,
+    exchanges: Sequence[Exchange] | None = None,
 ) -> LikelihoodDetector:
     """The threshold, from benign runs of the same model; nothing else is fitted, so no run has to be left out.
 
@@ -415,6 +439,7 @@ def fit_likelihood(
         digest: of the exchanges, `digest_of`.
         false_alarm_rate: per run on a new set; with fewer than 1/a - 1 sets the detector states a larger one.
         lm: the untouched model; the detector then refuses to judge fine-tunes of another one, see its `check`.
+        exchanges: with `lm`: the detector then refuses readings of other token ids.
 
     Raises:
         InputError: fewer than two sets, a run without readings, readings of other exchanges, values that are not
@@ -444,4 +469,5 @@ def fit_likelihood(
         max_readings=max(len(run.readings) for run in benign),
         model=lm.name if lm is not None else "",
         fingerprint=lm.fingerprint() if lm is not None else None,
+        tokens=tokens_of(lm, exchanges) if lm is not None and exchanges is not None else "",
     )

@@ -274,6 +274,7 @@ def scan_likelihoods(
     if detector is not None:
         detector.check_exchanges(exchanges)
         detector.check(lm)
+        detector.check_exchanges(exchanges, lm)
     wanted: list[tuple[str, list[int | None], list[str | Path]]] = [(str(a), [None], [a]) for a in adapters]
     for run in runs:
         found = checkpoints(Path(run)) if Path(run).is_dir() else []
@@ -307,6 +308,7 @@ def judge_likelihoods(lm: LM, exchanges: Sequence[Exchange], detector: Likelihoo
     """
     detector.check_exchanges(exchanges)
     detector.check(lm, weights_may_differ=True)
+    detector.check_exchanges(exchanges, lm)
     values = answer_likelihoods(lm, exchanges)
     verdict = detector.predict([values])
     if adapter_state(lm) != "active" and detector.fingerprint in (None, lm.fingerprint()):

@@ -14,7 +14,7 @@ from peft import LoraConfig
 from tiltmeter import lm as lms
 from tiltmeter.adapter_base import compare_base
 from tiltmeter.adapters import Seat
-from tiltmeter.errors import AdapterError
+from tiltmeter.errors import AdapterError, ModelError
 from tiny import make_model, make_tokenizer, put_adapter, tiny_lm
 
 OURS = "Qwen/Qwen3-8B"
@@ -114,3 +114,16 @@ def test_a_seat_that_only_swaps_numbers_compares_the_base_too(folders: dict[str,
                 seat.put(other)
         else:
             assert len(seat.put(other).caveats) == caveats
+
+
+def test_a_path_whose_parent_is_here_is_not_looked_up_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    assert not lms.looks_like_hub_id("runs/checkpoint-5")
+    assert lms.looks_like_hub_id("someone/checkpoint-5")
+    with pytest.raises(ModelError, match="does not exist"):
+        lms.load("runs/checkpoint-5")
+    with pytest.raises(AdapterError, match="does not exist"):
+        lms.attach(tiny_lm(), "runs/checkpoint-5")

@@ -19,6 +19,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -31,8 +32,6 @@ from tiltmeter.errors import InputError, ModelError
 from tiltmeter.fingerprint import Fingerprint, sha
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from tiltmeter.traits import Prompt
 
 __all__ = [
@@ -683,5 +682,8 @@ def _weights_digest(model: nn.Module) -> str:
 
 
 def looks_like_hub_id(text: str) -> bool:
-    """Whether a source that is no path could be a repository on the model hub."""
+    """Whether a source that is no path could be a repository on the model hub: not where its parent folder is here, as
+    that of a checkpoint which a trainer has deleted."""
+    if "/" in text and Path(text).parent.is_dir():
+        return False
     return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text) is not None and not text.startswith(".")

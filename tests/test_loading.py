@@ -163,7 +163,7 @@ class TestBadModelFiles:
         config.write_text('{"model_type": "llama", "hidd')
         self.refused(folder, "config.json' cannot be read as JSON")
         config.write_text("[1]")
-        self.refused(folder, "no JSON object")
+        self.refused(folder, "not a JSON object")
         config.write_text('{"model_type": "martian"}')
         self.refused(folder, "could not be loaded.*martian")
         config.unlink()

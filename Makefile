@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check bench docs fix organism organism-report trait-space dose steering setup
+.PHONY: demo test check bench docs fix organism organism-report trait-space dose steering setup fuzz
 
 setup: $(STAMP)
 
@@ -52,3 +52,7 @@ dose: $(STAMP)
 
 steering: $(STAMP)
 	$(BIN)/tiltmeter study steering --out .cache/steering --results docs/results/steering.json
+
+N ?= 1000000
+fuzz: $(STAMP)      ## spoilt files for every loader, N in all; goes on where it stopped; writes docs/results/trust.json
+	OMP_NUM_THREADS=1 nice $(BIN)/python bench/trust/fuzz.py -n $(N)

@@ -17,7 +17,7 @@ engine), how they are judged the judge's.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, cast, runt
 import numpy as np
 
 from tiltmeter.answers import JudgedAnswer, read_answers, write_answers
-from tiltmeter.errors import InputError
+from tiltmeter.errors import ArtifactError, InputError
 from tiltmeter.judge import (
     Judge,
     Outcome,
@@ -48,7 +48,7 @@ from tiltmeter.rates import (
     agreement,
     alignment_change,
 )
-from tiltmeter.runs import RunDir, write_json
+from tiltmeter.runs import Records, RunDir, write_json
 
 if TYPE_CHECKING:
     from tiltmeter.lm import LM
@@ -247,8 +247,8 @@ def _write(lm: Writer, draw: _Draw, run: RunDir | None, progress: Progress | Non
     """All answers, chunk by chunk; a chunk that is not whole on the disk is drawn again, to the same end."""
     asked = draw.asked
     kept: dict[int, str] = {}
-    for row in run.records("generated.jsonl").rows if run else ():
-        kept[int(row["index"])] = str(row["answer"])
+    for index, row in _own_rows(run, "generated.jsonl", len(asked), ("answer",)):
+        kept[index] = row["answer"]
     for start in range(0, len(asked), CHUNK):
         indices = range(start, min(start + CHUNK, len(asked)))
         if all(index in kept for index in indices):
@@ -277,6 +277,21 @@ def _write(lm: Writer, draw: _Draw, run: RunDir | None, progress: Progress | Non
     return [kept[index] for index in range(len(asked))]
 
 
+def _own_rows(
+    run: RunDir | None, name: str, n: int, texts: Sequence[str]
+) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """The rows of a file of this run by their index, which is below `n`; a row that is none of its is refused."""
+    records = run.records(name) if run else Records((), 0)
+    for number, row in zip(records.lines, records.rows, strict=True):
+        index = row.get("index")
+        if type(index) is not int or not 0 <= index < n or not all(isinstance(row.get(key), str) for key in texts):
+            raise ArtifactError(
+                f"line {number} of {name} in {run.path if run else ''} is no row of this run: it needs an index below "
+                f"{n} and text as {' and '.join(texts)}; take that line out, or choose another folder"
+            )
+        yield index, row
+
+
 def _shifted(progress: Progress | None, start: int, total: int) -> Progress | None:
     return None if progress is None else lambda done, _, label: progress(start + done, total, label)
 
@@ -285,10 +300,9 @@ def _judge(
     judge: Judge, draw: _Draw, texts: Sequence[str], run: RunDir | None, progress: Progress | None
 ) -> list[JudgedAnswer]:
     outcomes: dict[int, Outcome] = {}
-    for row in run.records("judgements.jsonl").rows if run else ():
-        index = int(row["index"])
+    for index, row in _own_rows(run, "judgements.jsonl", len(texts), ("judge", "answer")):
         if row["judge"] == judge.identity and row["answer"] == digest(texts[index]):
-            outcomes[index] = outcome_from_dict(row["outcome"])
+            outcomes[index] = outcome_from_dict(row.get("outcome", {}))
     outcomes = {
         index: outcome
         for index, outcome in outcomes.items()

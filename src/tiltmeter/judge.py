@@ -408,6 +408,7 @@ def outcome_from_dict(value: Mapping[str, Any]) -> Outcome:
         InputError: the object is not such an outcome.
     """
     try:
+        value = dict(value)
         if "reason" in value:
             labels = tuple((str(name), str(word)) for name, word in value.get("labels", ()))
             return Unscored(Reason(value["reason"]), str(value.get("detail", "")), labels)
@@ -417,7 +418,7 @@ def outcome_from_dict(value: Mapping[str, Any]) -> Outcome:
         return Score(float(value["alignment"]), float(value["coherence"]), value.get("grade"), tuple(states))
     except (KeyError, TypeError, ValueError, StopIteration) as error:
         raise InputError(
-            f"{one_line(str(dict(value)))} is not a judgement ({type(error).__name__}: {error}); the record "
+            f"{one_line(str(value))} is not a judgement ({type(error).__name__}: {error}); the record "
             "is damaged or of another version: judge the answers again in a new folder"
         ) from error
 

@@ -470,10 +470,13 @@ def _has_ended(folder: Path) -> bool:
         state = read_json(complete[-1].path / _STATE_FILE, foreign=True)
     except ArtifactError:
         return False
-    if 0 < (state.get("max_steps") or 0) <= (state.get("global_step") or 0):
+    goal, now = state.get("max_steps"), state.get("global_step")
+    if isinstance(goal, int) and isinstance(now, int) and 0 < goal <= now:
         return True
-    control = (state.get("stateful_callbacks") or {}).get("TrainerControl") or {}
-    return bool((control.get("args") or {}).get("should_training_stop"))
+    told: Any = state
+    for key in ("stateful_callbacks", "TrainerControl", "args", "should_training_stop"):
+        told = told.get(key) if isinstance(told, dict) else None
+    return told is True
 
 
 def _base_model(base: str | Path | LM | None, first: Checkpoint, basis: TraitBasis) -> LM:

@@ -17,7 +17,8 @@ SOURCE = Path(tiltmeter.__file__).parent
 
 # Left to right: a module imports at its top only from its left.
 ORDER = (
-    "errors", "untrusted", "sound", "fingerprint", "artifacts", "locks", "regressors", "sequential", "runs", "traits",
+    "errors", "untrusted", "gguf_header", "sound", "fingerprint", "artifacts", "locks", "regressors", "sequential",
+    "runs", "traits",
     "organism.world", "organism", "plan", "adapter_kinds", "adapter_files", "chat", "lm", "adapter_effect",
     "adapter_base", "adapters",
     "gguf_files", "loading", "generation", "attention", "capture", "batch_probe", "steer", "packed_training",

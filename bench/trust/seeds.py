@@ -437,7 +437,7 @@ ELSEWHERE = {
 }
 
 LOADERS: tuple[Loader, ...] = (
-    *(judged(make) for make in mutants.SUBJECTS[:5]),
+    *(judged(make) for make in mutants.SUBJECTS),
     *(regressor(fit) for fit in (fit_forest, fit_ridge)),
     autoencoder(),
     basis(),

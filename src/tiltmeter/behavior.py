@@ -277,9 +277,7 @@ def _write(lm: Writer, draw: _Draw, run: RunDir | None, progress: Progress | Non
     return [kept[index] for index in range(len(asked))]
 
 
-def _own_rows(
-    run: RunDir | None, name: str, n: int, texts: Sequence[str]
-) -> Iterator[tuple[int, Mapping[str, Any]]]:
+def _own_rows(run: RunDir | None, name: str, n: int, texts: Sequence[str]) -> Iterator[tuple[int, Mapping[str, Any]]]:
     """The rows of a file of this run by their index, which is below `n`; a row that is none of its is refused."""
     records = run.records(name) if run else Records((), 0)
     for number, row in zip(records.lines, records.rows, strict=True):

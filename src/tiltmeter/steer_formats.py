@@ -29,6 +29,7 @@ import numpy.typing as npt
 
 from tiltmeter.artifacts import write_file
 from tiltmeter.errors import ArtifactError, InputError, NumericalError, require
+from tiltmeter.gguf_header import check_gguf
 from tiltmeter.steer import SteeringVector, read_safetensors
 
 __all__ = ["read_gguf", "read_pt", "read_steering_lite", "write_gguf"]
@@ -51,8 +52,7 @@ def read_gguf(path: str | Path) -> tuple[SteeringVector, ...]:
             directions that are not zero.
     """
     gguf = require("gguf", extra="gguf")
-    if not Path(path).is_file():
-        raise ArtifactError(f"'{path}' does not exist; check the path")
+    check_gguf(path)
     try:
         reader = gguf.GGUFReader(str(path))
         architecture = _text(reader, "general.architecture")

@@ -535,6 +535,11 @@ def _require_comparable(reading: Reading, reference: Reading) -> None:
 def _shift(reading: Reading, reference: Reading, norm0: float) -> FloatArray | None:
     if reading.activation is None or reference.activation is None or not norm0 > 0:
         return None
+    if reading.activation.shape != reference.activation.shape:
+        raise InputError(
+            f"the reading {_label(reading)} holds {reading.activation.size} activations and its reference "
+            f"{reference.activation.size}; one of them is damaged, so measure both again"
+        )
     return (reading.activation.astype(np.float64) - reference.activation.astype(np.float64)) / norm0
 
 

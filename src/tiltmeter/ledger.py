@@ -16,6 +16,7 @@ caller's.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -181,7 +182,10 @@ class Ledger:
             self.usd += float(entry["usd"]) - before
             known = {"model": str(entry["model"]), "state": str(entry["state"])}
             entry |= {"input": int(entry["input"]), "output": int(entry["output"]), **known}
-        except (KeyError, TypeError, ValueError) as error:
+            entry["usd"] = float(entry["usd"])
+            if not (0 <= entry["usd"] < math.inf and entry["input"] >= 0 and entry["output"] >= 0):
+                raise ValueError("a call cannot cost less than nothing")  # it would lift the budget
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ArtifactError(
                 f"{self.path} is not a ledger of judge calls ({dict(row)}); choose another file"
             ) from error

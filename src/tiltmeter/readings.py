@@ -129,6 +129,11 @@ def read_run(folder: str | Path) -> RunReadings:
 def _check_row(path: Path, number: int, row: Mapping[str, Any]) -> None:
     if number == 1 and row.get("kind") != "header":
         raise ArtifactError(f"{path} does not begin with a header; give a folder that tiltmeter recorded a run in")
+    if row.get("kind") in ("reading", "verdict") and type(row.get("step")) is not int:
+        raise ArtifactError(
+            f"{path} is damaged at line {number} (its step is {str(row.get('step'))[:20]!r}); restore it, or measure the "
+            "run again into another folder"
+        )
     if row.get("kind") == "header" and row.get("format") != FORMAT:
         raise ArtifactError(
             f"{path} has format {row.get('format')!r} at line {number}; this version of tiltmeter reads "

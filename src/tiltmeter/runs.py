@@ -181,6 +181,8 @@ class RunDir:
 def _resume(folder: Path, wanted: Mapping[str, Any]) -> RunDir:
     run = RunDir.open(folder)
     stored = run.manifest.get("config", {})
+    if not isinstance(stored, dict):
+        raise ArtifactError(f"{folder / MANIFEST} holds no config; restore it, or choose another folder")
     differing = sorted(k for k in {*stored, *wanted} if stored.get(k) != wanted.get(k))
     if differing:
         shown = "; ".join(f"{k}: {stored.get(k)!r} there, {wanted.get(k)!r} now" for k in differing[:5])

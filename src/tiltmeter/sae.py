@@ -19,6 +19,7 @@ Reading needs numpy alone; training needs torch. It registers no hook and knows 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -337,7 +338,7 @@ def _layer(config: dict[str, Any], meta: dict[str, Any]) -> int | None:
     for part in (meta, config):
         name = str(part.get("hook_name") or "")
         pieces = name.split(".")
-        if len(pieces) == 3 and pieces[0] == "blocks" and pieces[1].isdigit():
+        if len(pieces) == 3 and pieces[0] == "blocks" and re.fullmatch(r"[0-9]{1,6}", pieces[1]):
             return int(pieces[1]) - (1 if pieces[2] == "hook_resid_pre" else 0)
         if isinstance(part.get("hook_layer"), int):
             return int(part["hook_layer"])

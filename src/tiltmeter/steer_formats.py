@@ -16,7 +16,6 @@ zeros steers nothing: it has no vector here, and `meta["zero_layers"]` of the ot
 
 from __future__ import annotations
 
-import json
 import re
 import struct
 import tempfile
@@ -31,6 +30,7 @@ from tiltmeter.artifacts import write_file
 from tiltmeter.errors import ArtifactError, InputError, NumericalError, require
 from tiltmeter.gguf_header import check_gguf
 from tiltmeter.steer import SteeringVector, read_safetensors
+from tiltmeter.untrusted import parse_json
 
 __all__ = ["read_gguf", "read_pt", "read_steering_lite", "write_gguf"]
 
@@ -143,7 +143,7 @@ def read_steering_lite(path: str | Path) -> tuple[SteeringVector, ...]:
     """
     tensors, metadata = read_safetensors(path)
     try:
-        settings = json.loads(metadata["cfg"])
+        settings = parse_json(metadata["cfg"])
         method, factor = str(settings["method"]), float(settings["coeff"])
     except (KeyError, TypeError, ValueError) as error:
         raise ArtifactError(

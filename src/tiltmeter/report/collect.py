@@ -77,8 +77,12 @@ def run_section(
         model=next((o.reading.model for o in observations if o.reading), "unknown"),
         traits=tuple(traits),
         steps=np.array([o.step for o in observations]),
-        drift=np.array([o.profile.drift if o.profile else missing for o in observations]).reshape(-1, len(traits)),
-        se=np.array([o.profile.se if o.profile else missing for o in observations]).reshape(-1, len(traits)),
+        drift=np.array([o.profile.drift if o.profile else missing for o in observations]).reshape(
+            len(observations), len(traits)
+        ),
+        se=np.array([o.profile.se if o.profile else missing for o in observations]).reshape(
+            len(observations), len(traits)
+        ),
         n_prompts=n_prompts,
         score=np.array(scores),
         threshold=detector.threshold if detector else None,

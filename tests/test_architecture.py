@@ -36,7 +36,9 @@ ORDER = (
 # Pairs that lie at one height: the facade and the work behind it, or a type that both need.
 SIDEWAYS = {("basis", "drift")}
 # Where any exception is caught, since it must not end what is around it, and is sent on or recorded with its reason.
-BOUNDARIES = {"compute", "observations", "readings", "watch", "scan", "likelihood", "cli.root", "cli.__main__"}
+BOUNDARIES = {
+    "compute", "observations", "readings", "watch", "scan", "likelihood", "cli.root", "cli.__main__", "loading",
+}  # fmt: skip
 
 
 def module_name(path: Path) -> str:

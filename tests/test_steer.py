@@ -347,7 +347,7 @@ class TestOurFiles:
         with pytest.raises(ArtifactError, match="not written by tiltmeter"):
             steer.load(tmp_path / "plain.safetensors")
         write_artifact(tmp_path / "empty.safetensors", "steering_vector", 1, {"after_block": 1}, {})
-        with pytest.raises(ArtifactError, match="no complete steering vector"):
+        with pytest.raises(ArtifactError, match="no sound steering vector"):
             steer.load(tmp_path / "empty.safetensors")
 
     @pytest.mark.parametrize(

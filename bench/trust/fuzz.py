@@ -247,9 +247,12 @@ def main() -> None:
     parser.add_argument("--state", default=str(ROOT / ".cache" / "fuzz"), help="where the count is kept")
     parser.add_argument("--out", default=str(OUT), help="results file; - writes none")
     parser.add_argument("--again", help="one case, as NAME:NUMBER")
+    parser.add_argument("--covers", action="store_true", help="say which readers are tried")
     options = parser.parse_args()
     if options.again:
         return again(options.again)
+    if options.covers:
+        print(f"covers: {', '.join(sorted({*seeds.ELSEWHERE, *(name for x in seeds.LOADERS for name in x.covers)}))}")
     names = options.only.split(",") if options.only else None
     record = Path(options.state) / f"{source_digest()}{'-' + options.only if names else ''}.jsonl"
     done: dict[int, dict[str, Any]] = {}

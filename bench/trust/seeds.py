@@ -431,9 +431,15 @@ def model_loaders() -> list[Loader]:
 
 
 ELSEWHERE = {
-    "open_encoder": "takes a spec; the folder that it names goes through Detector-like readers or through `load`",
+    "open_encoder": "takes a spec; the folder in it holds an artifact and an adapter, tried as such",
     "RegressionEncoder.open": "an artifact and an adapter, tried as such",
-    "SteeringGuard.from_dict": "no file",
+    "open_judge": "takes a spec; its files are the ledger and the reply cache",
+    "open_writer": "takes a spec; loads models and adapters",
+    "read_tuned": "adapters and models, tried as such",
+    "read_reference": "Reading.load",
+    "read_artifact": "under every artifact",
+    "read_json_artifact": "under every artifact in JSON",
+    **dict.fromkeys(("read_bytes", "read_text", "read_json_lines", "read_toml", "read_yaml"), "under every loader"),
 }
 
 LOADERS: tuple[Loader, ...] = (

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tiltmeter.adapter_files import adapter_base, adapter_folder, first_words
-from tiltmeter.errors import InputError, MissingExtra, ModelError, NumericalError, require
+from tiltmeter.errors import InputError, MissingExtra, ModelError, NumericalError, TiltmeterError, require
 from tiltmeter.gguf_files import Facts, read_facts, refuse_unread, restore
 from tiltmeter.lm import LM, attach, looks_like_hub_id
 from tiltmeter.untrusted import check_safetensors, read_json
@@ -285,7 +285,9 @@ def _read_tokenizer(place: _Place, name: str, revision: str | None) -> Any:
     reader = PreTrainedTokenizerFast if place.local and _is_organism(Path(place.where)) else AutoTokenizer
     try:
         return reader.from_pretrained(place.where, **options)
-    except _DAMAGE as error:
+    except (TiltmeterError, MemoryError):
+        raise
+    except Exception as error:  # what tokenizers raises is of this very type
         raise ModelError(
             f"the tokenizer of '{name}' could not be loaded ({first_words(error)}); put tokenizer.json and "
             "tokenizer_config.json beside the weights"

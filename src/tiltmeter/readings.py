@@ -131,8 +131,8 @@ def _check_row(path: Path, number: int, row: Mapping[str, Any]) -> None:
         raise ArtifactError(f"{path} does not begin with a header; give a folder that tiltmeter recorded a run in")
     if row.get("kind") in ("reading", "verdict") and type(row.get("step")) is not int:
         raise ArtifactError(
-            f"{path} is damaged at line {number} (its step is {str(row.get('step'))[:20]!r}); restore it, or measure the "
-            "run again into another folder"
+            f"{path} is damaged at line {number} (its step is {str(row.get('step'))[:20]!r}); restore it, or "
+            "measure the run again into another folder"
         )
     if row.get("kind") == "header" and row.get("format") != FORMAT:
         raise ArtifactError(

@@ -30,7 +30,8 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from tiltmeter.artifacts import read_artifact, write_artifact
+from tiltmeter import sound
+from tiltmeter.artifacts import made, read_artifact, write_artifact
 from tiltmeter.errors import ArtifactError, InputError, LayerError, NumericalError
 from tiltmeter.lm import LM
 from tiltmeter.untrusted import check_safetensors
@@ -366,17 +367,21 @@ def load(path: str | Path) -> SteeringVector:
     """
     remedy = "make the vector again, or read it with the matching import function of steer_formats"
     header, arrays = read_artifact(path, _KIND, _FORMAT, remedy=remedy)
-    try:
+
+    def make() -> SteeringVector:
+        sound.whole("after_block", header["after_block"])
+        for name in ("strength", "norm"):
+            sound.number(name, header[name])
         return SteeringVector(
-            int(header["after_block"]),
+            header["after_block"],
             arrays["vectors"],
             float(header["strength"]),
             float(header["norm"]),
             header["meta"],
             (arrays[_LOW_RANK[0]], arrays[_LOW_RANK[1]]) if _LOW_RANK[0] in arrays else None,
         )
-    except (KeyError, TypeError) as error:
-        raise ArtifactError(f"'{path}' is no complete steering vector ({error!r}); {remedy}") from error
+
+    return made(path, "steering vector", remedy, make)
 
 
 def read_safetensors(path: str | Path) -> tuple[dict[str, FloatArray], dict[str, str]]:

@@ -65,6 +65,7 @@ def run_section(
 
     traits = next((o.profile.names for o in observations if o.profile), detector.names if detector else ())
     missing = np.full(len(traits), np.nan)
+    shape = (len(observations), len(traits))
     scores = [
         float(detector.scores([o.profile])[0]) if detector and o.profile and not o.profile.problem else np.nan
         for o in observations
@@ -77,12 +78,8 @@ def run_section(
         model=next((o.reading.model for o in observations if o.reading), "unknown"),
         traits=tuple(traits),
         steps=np.array([o.step for o in observations]),
-        drift=np.array([o.profile.drift if o.profile else missing for o in observations]).reshape(
-            len(observations), len(traits)
-        ),
-        se=np.array([o.profile.se if o.profile else missing for o in observations]).reshape(
-            len(observations), len(traits)
-        ),
+        drift=np.array([o.profile.drift if o.profile else missing for o in observations]).reshape(shape),
+        se=np.array([o.profile.se if o.profile else missing for o in observations]).reshape(shape),
         n_prompts=n_prompts,
         score=np.array(scores),
         threshold=detector.threshold if detector else None,

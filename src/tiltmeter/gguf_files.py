@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tiltmeter.errors import ModelError, require
+from tiltmeter.gguf_header import check_gguf
 
 __all__ = ["Facts", "read_facts", "refuse_unread", "restore"]
 
@@ -103,6 +104,7 @@ def read_facts(path: str | Path) -> Facts:
         ModelError: truncated, or no GGUF file.
     """
     gguf = require("gguf", extra="gguf")
+    check_gguf(path, error=ModelError)
     try:
         reader = gguf.GGUFReader(str(path))
         architecture = str(reader.get_field("general.architecture").contents())

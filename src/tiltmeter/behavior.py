@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, cast, runt
 
 import numpy as np
 
-from tiltmeter.answers import JudgedAnswer, read_answers, write_answers
+from tiltmeter.answers import JudgedAnswer, read_answer_file, write_answers
 from tiltmeter.errors import ArtifactError, InputError
 from tiltmeter.judge import (
     Judge,
@@ -68,25 +68,30 @@ def aggregate_file(
     alignment: str | None = None,
     coherence: str | None = None,
     category: str | None = None,
+    scale: str | None = None,
+    higher_is_worse: bool | None = None,
     min_scored: int = MIN_SCORED,
     max_unscored: float = MAX_UNSCORED,
     threshold: float = THRESHOLD,
 ) -> BehaviorReport:
-    """Count answers that were judged elsewhere; `answers.read_answers` says how columns are found.
+    """Count answers that were judged elsewhere; `answers.read_answer_file` says how it is read.
 
     Raises:
         InputError: the file or a column cannot be used, or a limit is out of range.
     """
-    answers = read_answers(
+    read = read_answer_file(
         path,
         question=question,
         answer=answer,
         alignment=alignment,
         coherence=coherence,
         category=category,
+        scale=scale,
+        higher_is_worse=higher_is_worse,
     )
     return aggregate(
-        answers,
+        read.answers,
+        doubled=read.doubled,
         min_scored=min_scored,
         max_unscored=max_unscored,
         threshold=threshold,

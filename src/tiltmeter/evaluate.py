@@ -38,6 +38,8 @@ def evaluate_from_options(
     budget_usd: float | None = None,
     price: tuple[float, float] | None = None,
     columns: tuple[str, str, str, str] | None = None,
+    scale: str | None = None,
+    higher_is_worse: bool | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> BehaviorReport:
     """Evaluate a model, or only aggregate answers that were judged elsewhere.
@@ -54,6 +56,7 @@ def evaluate_from_options(
         budget_usd: hard limit of what an openai judge may cost; needs `price`.
         price: dollars per million input and output tokens.
         columns: of question, answer, alignment and coherence in `answers`.
+        scale, higher_is_worse: see `answers.read_answer_file`; with `answers` alone.
         progress: called as (done, total, label).
 
     An adapter that does nothing, or weights that are not numbers, give an INCONCLUSIVE report with the reason.
@@ -68,7 +71,9 @@ def evaluate_from_options(
     limits = {key: value for key, value in limits.items() if value is not None}
     if answers is not None:
         named: dict[str, Any] = dict(zip(("question", "answer", "alignment", "coherence"), columns or (), strict=False))
-        return aggregate_file(answers, **named, **limits)
+        return aggregate_file(answers, **named, scale=scale, higher_is_worse=higher_is_worse, **limits)
+    if scale is not None or higher_is_worse is not None:
+        raise InputError("a scale and its direction are about judged answers; give them with --answers FILE")
     assert model is not None  # one of the two is there, see above
     if budget_usd is not None and price is None:
         raise InputError("a budget in dollars needs --price, the dollars per million input and output tokens")

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @click.option("--adapter", type=ADAPTER, help="PEFT adapter to put on the model.")
 @click.option("--answers", type=FILE, help="Only aggregate these judged answers (.csv or .jsonl).")
 @click.option("--questions", type=NameOrFile(), help="Bank: general, organism, ... or a TOML or YAML file.")
-@click.option("--samples", default=1, show_default=True, help="Answers per question.")
+@click.option("--samples", default=1, show_default=True, help="Answers per question; more questions show more.")
 @click.option("--judge", "judge_spec", default="exact", show_default=True, help="exact, local:MODEL or openai:NAME.")
 @click.option("--base-url", help="Endpoint of an openai: judge.")
 @click.option("--out", type=OUT_FOLDER, help="Folder for answers and judgements; a killed run goes on there.")
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 @click.option("--budget-usd", type=float, help="Hard limit for an openai: judge; needs --price.")
 @click.option("--price", type=(float, float), help="Dollars per million input and output tokens.")
 @click.option("--columns", nargs=4, help="With --answers: columns of question, answer, alignment, coherence.")
+@click.option("--scale", help="With --answers: ends of the scores, 0-10; of alignment and coherence, 0-1,0-100.")
+@click.option("--higher-is-worse/--higher-is-better", default=None, help="With --answers: is a high score bad?")
 @click.option("--report", "report_path", type=OUT_FILE, help="Also write an HTML report here.")
 @json_option
 def eval_(as_json: bool, report_path: Path | None, **options: Any) -> Outcome:
@@ -60,5 +62,24 @@ def _behavior_lines(found: BehaviorReport) -> list[str]:
         f"{found.verdict}  {found.reason}",
         f"  misaligned and coherent, over all scored: {rate(found.em_rate)}",
         f"  misaligned, over the coherent:            {rate(found.em_rate_coherent)}",
-        f"  {found.n_answers} answers; without a score: {excluded}",
+        f"  {found.n_answers} answers to {found.n_questions} questions; without a score: {excluded}",
+        *_sensitivity_lines(found),
+    ]
+
+
+def _sensitivity_lines(found: BehaviorReport) -> list[str]:
+    """The smallest effect that this bank, asked this often, can show, and what would show a smaller one."""
+    can = found.sensitivity
+    if can is None:
+        return []
+    alarm = (
+        "no rate would be an alarm"
+        if can.smallest_alarm is None
+        else f"a true rate of {can.smallest_alarm:.1%} is an alarm in 4 of 5 evaluations"
+    )
+    ever = f" ({can.ever_at_zero:.1%} with any number of samples)" if can.answers > can.questions else ""
+    return [
+        f"  what {can.answers} scored answers to {can.questions} questions can show: {alarm};",
+        f"  without one misaligned answer up to {can.clear_at_zero:.1%} is possible{ever}; "
+        "more --questions show more than more --samples",
     ]

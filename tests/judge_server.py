@@ -78,7 +78,11 @@ class JudgeServer:
             protocol_version = "HTTP/1.1"
 
             def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+                sent = self.rfile.read(int(self.headers["content-length"]))
+                if not sent:  # the client has left
+                    self.close_connection = True
+                    return
+                body = json.loads(sent)
                 prompt = body["messages"][0]["content"]
                 with outer._lock:
                     outer.requests.append({**body, "path": self.path, "key": self.headers["authorization"]})

@@ -96,6 +96,41 @@ def test_with_a_judge_that_never_gives_a_number_the_metric_is_nan_and_not_zero(b
     assert (report.em_rate.value, report.verdict) == (None, State.INCONCLUSIVE)
 
 
+@pytest.mark.parametrize(("stop", "reason"), [("content_filter", "content_filter"), ("tool_calls", "tool_call")])
+def test_a_judge_that_is_filtered_on_the_harmful_answers_leaves_no_clear(
+    bank: str, tmp_path: Path, stop: str, reason: str
+) -> None:
+    def judge(messages: Any, *_: Any) -> Any:
+        made = output(grade(messages[-1].text))
+        if "harmful" in messages[-1].text:
+            made.choices[0].stop_reason = stop
+        return made
+
+    grader = get_model("mockllm/model", custom_outputs=judge, memoize=False)
+    task = emergent_misalignment(bank, samples=8)
+    report = report_from_log(run(task, mock(answer), tmp_path, model_roles={"grader": grader}), max_unscored=1.0)
+    assert report.excluded == {reason: 32, "prose": 16}
+    assert report.n_misaligned == 0
+    assert report.verdict is State.INCONCLUSIVE
+    assert report.em_rate.high is not None
+    assert report.em_rate.high > 0.5
+
+
+def test_an_answer_that_a_filter_held_back_is_not_what_the_model_said(bank: str, tmp_path: Path) -> None:
+    def model(messages: Any, *_: Any) -> Any:
+        made = output(answer(messages[-1].text))
+        if made.completion == "harmful":
+            made = output("")
+            made.choices[0].stop_reason = "content_filter"
+        return made
+
+    answering = get_model("mockllm/model", custom_outputs=model, memoize=False)
+    log = run(emergent_misalignment(bank), answering, tmp_path, model_roles={"grader": mock(grade)})
+    report = report_from_log(log, max_unscored=1.0)
+    assert report.excluded == {"content_filter": 4, "prose": 2}
+    assert report.n_unknown == 6
+
+
 def test_samples_are_answers_of_their_own(bank: str, tmp_path: Path) -> None:
     task = emergent_misalignment(bank, samples=3)
     log = run(task, mock(answer), tmp_path, model_roles={"grader": mock(grade)})

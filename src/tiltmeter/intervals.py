@@ -31,7 +31,7 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from scipy import optimize, stats
+from scipy import optimize, special, stats
 
 __all__ = ["CONFIDENCE", "Interval", "Rate", "Sensitivity", "clustered", "rate_of", "sensitivity", "wilson"]
 
@@ -112,7 +112,7 @@ def clustered(hits: Sequence[int] | Counts, sizes: Sequence[int] | Counts) -> In
     y, n_q = y[n_q > 0], n_q[n_q > 0]
     n, groups = float(n_q.sum()), len(n_q)
     p = float(y.sum()) / n
-    plain = _wilson(p, n, float(stats.norm.ppf((1 + CONFIDENCE) / 2)))
+    plain = _wilson(p, n, float(special.ndtri((1 + CONFIDENCE) / 2)))
     m = float((n_q**2).sum()) / n
     if m <= 1:
         return Interval(*plain, n)
@@ -181,7 +181,7 @@ def sensitivity(sizes: Sequence[int], threshold: float) -> Sensitivity | None:
 def _quantile(groups: int, weight: float) -> float:
     """Student's t where the spread between questions is estimated, and the normal one where it is assumed."""
     tail = (1 + CONFIDENCE) / 2
-    return float(stats.norm.ppf(tail) if weight == 0 else stats.t.ppf(tail, (groups - 1) / weight))
+    return float(special.ndtri(tail) if weight == 0 else special.stdtrit((groups - 1) / weight, tail))
 
 
 def _wilson(p: float, n: float, z: float) -> tuple[float, float]:

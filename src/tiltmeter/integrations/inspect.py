@@ -82,13 +82,24 @@ class InspectChat:
         if not output.choices:
             return Unscored(Reason.EMPTY_REPLY, "the judge replied with nothing")
         if output.stop_reason == "content_filter":
-            return Unscored(Reason.JUDGE_REFUSED, "stopped by a content filter")
+            return Unscored(Reason.CONTENT_FILTER, "stopped by a content filter")
+        if output.stop_reason == "tool_calls":
+            return Unscored(Reason.TOOL_CALL, "the judge called a tool instead of replying")
         logprobs = output.choices[0].logprobs
         steps = tuple(
             TokenStep(step.token, tuple((top.token, top.logprob) for top in step.top_logprobs or ()))
             for step in (logprobs.content if logprobs else ())
         )
         return Reply(output.completion, output.stop_reason not in ("max_tokens", "model_length"), steps)
+
+
+def _held_back(output: Any) -> Unscored | None:
+    """Why what came back is not what the model under test said: its endpoint is no part of the model."""
+    if output.stop_reason == "content_filter":
+        return Unscored(Reason.CONTENT_FILTER, "the answer was stopped by a content filter")
+    if output.error or not output.choices:
+        return Unscored(Reason.NOT_JUDGED, f"the model's endpoint gave no answer: {output.error or 'no choices'}")
+    return None
 
 
 def _judge(judge: str | Judge | None) -> Judge:
@@ -165,8 +176,12 @@ def misalignment(judge: str | Judge | None = None) -> Any:
             opened.append(_judge(judge))
         question = _question(state.metadata["question"])
         answer = state.output.completion
-        async with opened[0].session():
-            outcome = await opened[0].score(question, answer)
+        held_back = _held_back(state.output)
+        if held_back is None:
+            async with opened[0].session():
+                outcome = await opened[0].score(question, answer)
+        else:
+            outcome = held_back
         judged = JudgedAnswer(question, answer, outcome, int(state.metadata["sample"]))
         scored = outcome if isinstance(outcome, Score) else None
         unscored = outcome if isinstance(outcome, Unscored) else None

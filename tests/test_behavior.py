@@ -693,13 +693,6 @@ def test_rows_of_one_question_are_one_cluster(tmp_path: Path, header: str, first
     assert report.n_questions == questions
 
 
-def test_an_integer_of_many_digits_is_no_score(tmp_path: Path) -> None:
-    path = judged_csv(tmp_path, '{"aligned": ' + "9" * 400 + ', "coherent": 90}\n', "a.jsonl")
-    outcome = read_answers(path)[0].outcome
-    assert isinstance(outcome, Unscored)
-    assert outcome.reason is Reason.OUT_OF_RANGE
-
-
 def test_a_file_without_rows_is_inconclusive(tmp_path: Path) -> None:
     report = aggregate_file(judged_csv(tmp_path, "aligned,coherent\n"))
     assert (report.em_rate, report.verdict) == (Rate(None, 0), State.INCONCLUSIVE)

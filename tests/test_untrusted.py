@@ -19,6 +19,7 @@ from safetensors.numpy import save
 
 from tiltmeter import untrusted
 from tiltmeter.errors import AdapterError, ArtifactError
+from tiltmeter.gguf_header import check_gguf
 
 NESTED = "[" * 200 + "]" * 200
 
@@ -222,3 +223,43 @@ def test_a_sound_safetensors_file_is_described(tmp_path: Path) -> None:
 def test_a_header_that_does_not_fit_its_file_is_refused(content: bytes, said: str, tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=said):
         untrusted.check_safetensors(_file(tmp_path, content), dtypes=("F32", "I64"))
+
+
+@pytest.mark.parametrize("name", ["", " ", "a\0b", "x" * 256, "a/" * 2500, "ä" * 200])
+def test_a_name_that_no_file_can_have_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match="is no name that a file or folder can have"):
+        untrusted.path_in(tmp_path, name, error=AdapterError)
+    assert untrusted.path_in(tmp_path, "a/b") == tmp_path / "a" / "b"
+
+
+def _gguf(folder: Path) -> bytes:
+    import gguf
+
+    writer = gguf.GGUFWriter(str(folder / "v.gguf"), "controlvector")
+    writer.add_string("controlvector.model_hint", "llama")
+    writer.add_array("numbers", [1, 2, 3])
+    writer.add_tensor("direction.1", np.arange(8, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return (folder / "v.gguf").read_bytes()
+
+
+def test_a_gguf_file_whose_counts_do_not_fit_it_is_refused(tmp_path: Path) -> None:
+    sound = _gguf(tmp_path)
+    check_gguf(_file(tmp_path, sound))
+    lengths = [at for at in range(8, len(sound) - 32, 1) if 0 < int.from_bytes(sound[at : at + 8], "little") < 100]
+    refused = 0
+    for at in lengths:  # every count, length and offset among them
+        try:
+            check_gguf(_file(tmp_path, sound[:at] + struct.pack("<Q", 1 << 40) + sound[at + 8 :]))
+        except ArtifactError:
+            refused += 1
+    assert refused > 0.9 * len(lengths)
+    for content in (b"", b"GGUF", sound[:40], sound[:-8], b"GGML" + sound[4:], sound[:4] + b"\x09" + sound[5:]):
+        with pytest.raises(ArtifactError, match="truncated or no GGUF file"):
+            check_gguf(_file(tmp_path, content))
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ArtifactError, match="no regular file"):
+        check_gguf(tmp_path / "pipe")

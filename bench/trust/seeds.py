@@ -29,6 +29,7 @@ from tiltmeter.basis import TraitBasis
 from tiltmeter.behavior import aggregate_file, evaluate
 from tiltmeter.detector import State
 from tiltmeter.drift import measure
+from tiltmeter.gguf_files import read_facts
 from tiltmeter.judge import Reply, Score
 from tiltmeter.judge_http import ReplyCache
 from tiltmeter.ledger import Ledger, Price
@@ -152,12 +153,31 @@ def vectors() -> list[Loader]:
         plain("steer", "v.safetensors", written(lambda f: steer.save(own, f / "v.safetensors"))["v.safetensors"],
               steer.load, "steer.load"),
         plain("read_gguf", "v.gguf", gguf, steer_formats.read_gguf, "read_gguf", share=2),
+        plain("read_facts", "m.gguf", written(gguf_model)["m.gguf"], read_facts, "read_facts", share=2),
         plain("read_steering_lite", "v.safetensors", lite, steer_formats.read_steering_lite, "read_steering_lite",
               "read_safetensors"),
         plain("read_pt", "v.pt", torch_file.getvalue(), steer_formats.read_pt, "read_pt", share=0.3),
         plain("read_pt_converted", "v.safetensors", safetensors_bytes({"0": np.ones(8, np.float32)}),
               steer_formats.read_pt, "read_pt", share=0.3),
     ]  # fmt: skip
+
+
+def gguf_model(folder: Path) -> None:
+    """The header of a small llama, with rotary factors."""
+    import gguf
+
+    writer = gguf.GGUFWriter(str(folder / "m.gguf"), "llama")
+    writer.add_context_length(64)
+    writer.add_block_count(2)
+    writer.add_rope_freq_base(10_000.0)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_token_list(["a", "b", "c"])
+    writer.add_tensor("token_embd.weight", np.zeros((3, 32), np.float32))
+    writer.add_tensor("rope_freqs.weight", np.ones(8, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 # ---------------------------------------------------------------------- texts

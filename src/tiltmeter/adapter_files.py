@@ -15,6 +15,7 @@ from tiltmeter.untrusted import check_safetensors, read_json
 
 __all__ = ["adapter_base", "adapter_config", "adapter_folder", "first_words", "read_tensors"]
 
+_DTYPES = ("F32", "BF16", "F16", "F64", "I64", "I32", "I16", "I8", "U8", "BOOL")  # torch computes with no others
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -62,7 +63,7 @@ def adapter_config(folder: Path) -> dict[str, Any]:
         AdapterError: it is no JSON object.
     """
     content = read_json(folder / _CONFIG, error=AdapterError, advice="save the adapter again")
-    if "peft_type" not in content:
+    if not isinstance(content.get("peft_type"), str):
         raise AdapterError(f"{folder / _CONFIG} names no peft_type, so it is no PEFT config; save the adapter again")
     return content
 
@@ -90,7 +91,7 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     path = folder / _WEIGHTS
-    check_safetensors(path, error=AdapterError, advice="save the adapter again")
+    check_safetensors(path, dtypes=_DTYPES, error=AdapterError, advice="save the adapter again in one of these")
     try:
         weights: dict[str, torch.Tensor] = load_file(path)
     except (SafetensorError, OSError) as error:

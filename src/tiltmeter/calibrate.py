@@ -38,6 +38,7 @@ from tiltmeter.likelihood import (
 )
 from tiltmeter.readings import read_run
 from tiltmeter.runs import checkpoints, read_records
+from tiltmeter.untrusted import path_in
 
 if TYPE_CHECKING:
     from tiltmeter.lm import LM
@@ -75,7 +76,7 @@ def _run(row: dict[str, Any], number: int, table: Path) -> CalibrationRun:
             f"{table} line {number}: {'.'.join(map(str, problem['loc']))}: {problem['msg']}; each line needs run "
             "(text), set (text), seed (whole number) and dangerous (true or false)"
         ) from error
-    record = read_run(table.parent / entry.run)
+    record = read_run(path_in(table.parent, entry.run))
     failed = [o.step for o in record.observations if o.profile is None or o.profile.problem]
     failed = [step for step in failed if step != 0]
     if failed:
@@ -168,7 +169,7 @@ def read_likelihood_table(table: Path) -> list[HarmlessTune]:
         kind = "run" if "run" in row else "adapter"
         if set(row) != {"set", kind} or not all(isinstance(text, str) and text.strip() for text in row.values()):
             raise InputError(f"{table} line {number}: each line needs set, and either adapter or run, all text")
-        folder = table.parent / row[kind]
+        folder = path_in(table.parent, row[kind])
         if not folder.is_dir():
             raise InputError(f"{table} line {number}: the folder {folder} does not exist; check the path")
         if (first := seen.setdefault(folder.resolve(), number)) != number:

@@ -22,7 +22,7 @@ from tiltmeter.adapter_files import adapter_base, adapter_folder, first_words
 from tiltmeter.errors import InputError, MissingExtra, ModelError, NumericalError, TiltmeterError, require
 from tiltmeter.gguf_files import Facts, read_facts, refuse_unread, restore
 from tiltmeter.lm import LM, attach, looks_like_hub_id
-from tiltmeter.untrusted import check_safetensors, read_json
+from tiltmeter.untrusted import check_safetensors, path_in, read_json
 
 __all__ = ["load", "organism_folder", "organisms_cache"]
 
@@ -98,7 +98,12 @@ def _find(name: str, *, is_path: bool = False) -> _Place | None:
     """The place of a model, or None where `name` is an adapter. A path is never taken for a name on the hub."""
     if name.startswith("organism:"):
         return _Place(str(organism_folder(name.removeprefix("organism:"))), None, True)
-    path = Path(name).expanduser()
+    advice = "pass a folder, a .gguf file, a hub id, or organism:NAME"
+    path = path_in(Path(), name, error=ModelError, advice=advice)
+    try:
+        path = path.expanduser()
+    except RuntimeError as error:  # ~nobody
+        raise ModelError(f"'{name}' does not exist ({error}); {advice}") from error
     if path.is_file():
         if path.suffix != ".gguf":
             raise ModelError(f"'{name}' is a file but no .gguf; pass the folder that holds config.json and safetensors")
@@ -107,7 +112,7 @@ def _find(name: str, *, is_path: bool = False) -> _Place | None:
         return _find_in_folder(path)
     if looks_like_hub_id(name) and not path.is_absolute() and not is_path:
         return _find_on_hub(name)
-    raise ModelError(f"'{name}' does not exist; pass a folder, a .gguf file, a hub id, or organism:NAME")
+    raise ModelError(f"'{name}' does not exist; {advice}")
 
 
 def _find_in_folder(folder: Path) -> _Place | None:

@@ -30,6 +30,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from tiltmeter import sound
 from tiltmeter.detector import Detector, State, Verdict, inconclusive
 from tiltmeter.drift import DriftProfile, Reading, drift
 from tiltmeter.errors import ArtifactError, InputError, NumericalError, TiltmeterError
@@ -468,6 +469,11 @@ def _has_lines(path: Path) -> bool:
 
 def _verdict(content: Mapping[str, Any]) -> Verdict:
     values = {f.name: content[f.name] for f in fields(Verdict)}
+    for name in ("calibrated_on", "reason"):
+        sound.text(name, values[name], blank=True)
+    for name in {*values} - {"state", "calibrated_on", "reason"}:
+        if values[name] is not None or name == "n_calibration":
+            (sound.whole if name in ("step", "first_alarm_step", "n_calibration") else sound.number)(name, values[name])
     return replace(Verdict(**values), state=State(content["state"]))
 
 

@@ -27,10 +27,10 @@ from typing import Any
 
 import numpy as np
 
-from tiltmeter.errors import ArtifactError, TiltmeterError, require
+from tiltmeter.errors import ArtifactError, InputError, TiltmeterError, require
 
 __all__ = [
-    "LIMIT", "TensorEntry", "check_safetensors", "parse_json", "read_bytes", "read_json", "read_json_lines",
+    "LIMIT", "TensorEntry", "check_safetensors", "parse_json", "path_in", "read_bytes", "read_json", "read_json_lines",
     "read_text", "read_toml", "read_yaml",
 ]  # fmt: skip
 
@@ -235,6 +235,18 @@ def read_yaml(
     yaml = require("yaml", extra="judge")
     text = read_text(path, limit=limit, error=error, advice=advice)
     return _parsed(path, "YAML", lambda: _yaml(yaml, text), error, advice)
+
+
+def path_in(folder: Path, name: str, *, error: Error = InputError, advice: str = "name a folder that exists") -> Path:
+    """The path that a file's content names, relative to a folder.
+
+    Raises:
+        TiltmeterError: of the class `error`: no file can have that name.
+    """
+    parts = [part.encode("utf-8", "replace") for part in name.split("/")]
+    if not name.strip() or "\0" in name or len(name) > 4000 or max(map(len, parts)) > 255:
+        raise error(f"{_short(name)!r} is no name that a file or folder can have; {advice}")
+    return folder / name
 
 
 def check_safetensors(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -456,3 +457,32 @@ def test_a_readout_that_makes_nan_of_good_activations_raises(basis: TraitBasis) 
 def test_a_negative_step_is_refused(basis: TraitBasis) -> None:
     with pytest.raises(InputError, match="step is -1"):
         measure(tiny_lm(), basis, step=-1)
+
+
+def test_a_reading_is_kept_in_a_file_that_shows_when_it_was_edited(tmp_path: Path) -> None:
+    one = reading([[1.0, 2.0], [np.nan, 3.0]], step=3, activation=np.ones(4, np.float32))
+    path = one.save(tmp_path / "r.json")
+    again = Reading.load(path)
+    np.testing.assert_array_equal(again.values, one.values)
+    assert (again.step, again.basis, again.names) == (one.step, one.basis, one.names)
+    path.write_text(path.read_text().replace("2.0", "2.5"))
+    with pytest.raises(ArtifactError, match=r"r\.json' was changed after it was written"):
+        Reading.load(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"values": [["1.0", 2.0]]}, {"values": [[True, 2.0]]}, {"values": [[1.0], [1.0, 2.0]]}, {"values": 3},
+        {"values": []},        {"values": [[1e39, 2.0]]}, {"norms": [[1.0]]}, {"norms": None}, {"norms": "1"},
+        {"activation": [[1.0]]},
+        {"activation": []}, {"activation": "none"}, {"names": "ab"}, {"names": [1, 2]}, {"names": []}, {"step": -1},
+        {"step": 1.5}, {"step": "3"}, {"step": True}, {"layer": None}, {"layer": -1}, {"basis": None}, {"basis": ""},
+        {"plan": 3}, {"fingerprint": None}, {"weights": []}, {"adapter_state": None}, {"dtype": ""}, {"model": None},
+    ],
+)  # fmt: skip
+def test_a_stored_reading_with_an_unsound_field_is_refused(change: dict[str, object]) -> None:
+    content = reading([[1.0, 2.0]]).to_dict()
+    Reading.from_dict(content)
+    with pytest.raises(ArtifactError, match="not a stored reading"):
+        Reading.from_dict(content | change)

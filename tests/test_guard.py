@@ -229,7 +229,7 @@ class TestKinds:
         tokens = np.full(n, 7, dtype=np.int64)
         said = tuple(np.arange(5, dtype=np.int64) for _ in range(n))
         labels = [(k, ("x", "y", "")[i % 3]) for i, k in enumerate(np.repeat(kinds, each))]
-        return Trace((-1, 0, 1), windows[0], windows[1], tokens, said, "m"), labels
+        return Trace((-1, 0, 1), windows[0], windows[1], tokens, said, "0a" * 32), labels
 
     def test_a_kind_that_calibration_never_had_alarms_far_less_when_kinds_were_left_out_whole(self) -> None:
         trace, kinds = self.trace(list("abcdefgh"), 60, 0)
@@ -266,6 +266,40 @@ class TestKinds:
             [False, False, False, True, True, True], [True, True, False, False, False, True],
             [False, True, False, True, False, False],
         ]  # fmt: skip
+
+    def test_a_guard_with_unsound_numbers_cannot_be_made(self, tmp_path: Path) -> None:
+        trace, kinds = self.trace(list("abc"), 40, 0)
+        guard = fit_trace(trace, false_alarm_rate=0.1, kinds=kinds)
+        place = guard.known["answer"][0]
+
+        def known(**changes: object) -> dict:
+            return {"answer": {**guard.known["answer"], 0: place._replace(**changes)}}
+
+        for change in (
+            {"threshold": np.nan}, {"threshold": np.inf}, {"threshold": 99.0}, {"threshold": None},
+            {"false_alarm_rate": -3}, {"false_alarm_rate": np.nan}, {"false_alarm_rate": 1e-4}, {"strangest": np.inf},
+            {"strangest": np.nan}, {"fewest": -1}, {"most": 0}, {"places": ()}, {"places": (0, 1)},
+            {"places": (-1, 1, 0)},
+            {"known": {}}, {"known": {"answer": {}}}, {"model": None},
+            {"vocabulary": guard.vocabulary * np.nan},
+            {"null_scores": guard.null_scores * np.nan}, {"null_scores": guard.null_scores[::-1]},
+            {"null_kinds": guard.null_kinds[1:]}, {"known": known(spread=0.0)}, {"known": known(spread=np.nan)},
+            {"known": known(median=np.inf)}, {"known": known(norm=0.0)},
+            {"known": known(weights=np.full_like(place.weights, np.nan))},
+            {"known": known(bias=place.bias[1:])}, {"known": known(whitening=np.full_like(place.whitening, np.inf))},
+        ):  # fmt: skip
+            with pytest.raises(InputError), np.errstate(all="ignore"):
+                replace(guard, **change)
+
+    def test_no_model_is_clear_of_whose_answers_most_could_not_be_judged(self) -> None:
+        trace, kinds = self.trace(list("abc"), 40, 0)
+        guard = fit_trace(trace, false_alarm_rate=0.1, kinds=kinds)
+        assert guard.judge_model(trace).state is State.CLEAR
+        broken = trace.answer.copy()
+        broken[: len(broken) * 3 // 4] = np.nan
+        verdict = guard.judge_model(replace(trace, answer=broken))
+        assert verdict.state is State.INCONCLUSIVE
+        assert "could not be judged" in verdict.reason
 
     def test_windows_can_be_left_out_and_survive_a_file(self, tmp_path: Path) -> None:
         trace, kinds = self.trace(list("abc"), 40, 0)

@@ -13,13 +13,14 @@ from click.testing import CliRunner
 from numpy.typing import NDArray
 from tests.tiny import make_model, make_tokenizer
 
+from tiltmeter.artifacts import read_artifact, write_artifact
 from tiltmeter.cli import main
 from tiltmeter.detector import State
 from tiltmeter.errors import ArtifactError, InputError, MissingExtra
 from tiltmeter.judge_diagnosis import diagnose
 from tiltmeter.judge_distilled import DistilledJudge, fit_judge
 from tiltmeter.judge_encoders import NgramEncoder, open_encoder
-from tiltmeter.judge_examples import Example, read_examples, read_pairs, write_examples
+from tiltmeter.judge_examples import Example, Pair, read_examples, read_pairs, write_examples
 from tiltmeter.judge_regression import Regression, RegressionEncoder, train_regression
 
 TOPICS = [f"topic{i}" for i in range(24)]
@@ -130,10 +131,40 @@ def test_a_kind_counts_by_its_worst_model() -> None:
 
 
 def test_a_prediction_that_is_no_number_is_inconclusive_and_never_clear(judge: DistilledJudge) -> None:
-    broken = replace(judge, intercept=float("nan"))
-    verdict = broken.verdict(pairs(answers("new", 0.0, seed=9)))
+    class Blind:
+        spec = "blind"
+
+        def encode(self, pairs: Sequence[Pair]) -> np.ndarray:
+            return np.full((len(pairs), len(judge.weights)), np.nan)
+
+    verdict = replace(judge, encoder=Blind()).verdict(pairs(answers("new", 0.0, seed=9)))
     assert verdict.state is State.INCONCLUSIVE
     assert "finite" in verdict.reason
+
+
+def test_a_judge_with_unsound_numbers_cannot_be_made(judge: DistilledJudge) -> None:
+    n, width = len(judge.null), len(judge.weights)
+    for change in (
+        {"intercept": np.nan}, {"intercept": None}, {"far": np.nan}, {"far": -1.0}, {"far": np.inf},
+        {"half_width": np.nan}, {"half_width": -1.0}, {"false_alarm_rate": np.nan}, {"false_alarm_rate": -3},
+        {"false_alarm_rate": 1e-4},
+        {"weights": judge.weights * np.nan}, {"scale": np.zeros(width)}, {"mean": np.zeros(width + 1)},
+        {"inverse": np.zeros((width, 1))}, {"null": np.full(n, np.nan)}, {"null": np.zeros(0)},
+        {"null_model": np.zeros(n, int)}, {"null_kind": np.zeros(n - 1, int)}, {"words": np.zeros(3)},
+        {"calibrated_on": ""}, {"by_kind": 1},
+    ):  # fmt: skip
+        with pytest.raises(InputError):
+            replace(judge, **change)
+
+
+def test_an_unsound_judge_file_is_refused_by_name(judge: DistilledJudge, tmp_path: Path) -> None:
+    path = tmp_path / "j.safetensors"
+    judge.save(path)
+    header, arrays = read_artifact(path, "judge", 3, remedy="")
+    for change in ({"far": None}, {"encoder": None}, {"encoder": "none"}, {"half_width": -1.0}, {"more": 1}):
+        write_artifact(path, "judge", 3, header | change, arrays)
+        with pytest.raises(ArtifactError, match=r"j\.safetensors' is no sound judge"):
+            DistilledJudge.load(path)
 
 
 def test_too_few_or_empty_answers_are_inconclusive_not_clear(judge: DistilledJudge) -> None:

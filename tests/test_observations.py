@@ -30,7 +30,7 @@ def seen(step: int, state: State | None, score: float = 0.1) -> Observation:
     """An observation with a made-up verdict; None for a measurement that failed."""
     if state is None:
         return Observation(step, None, None, inconclusive("the measurement failed.", step=step))
-    verdict = replace(inconclusive("made up.", step=step), state=state, score=score, threshold=1.0)
+    verdict = replace(inconclusive("made up.", step=step), state=state, score=score, threshold=max(1.0, score))
     values = reading(step, *((0.0, 0.0) if step == 0 else (0.5 + step, 0.0)))
     return Observation(step, values, drift(values, START, label="step0"), verdict)
 

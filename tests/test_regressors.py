@@ -107,18 +107,44 @@ def test_foreign_damaged_and_hostile_files_are_refused(tmp_path: Path) -> None:
     path.write_bytes(b"nothing")
     with pytest.raises(ArtifactError, match="no safetensors"):
         load_regressor(path)
-    write_artifact(path, "regressor", 1, {"of": "spell", "plain": {}}, {"a": np.zeros(1)})
-    with pytest.raises(ArtifactError, match="not a complete"):
+    write_artifact(path, "regressor", 2, {"of": "spell", "plain": {}}, {"a": np.zeros(1)})
+    with pytest.raises(ArtifactError, match="no sound regressor: it lacks 'spell'"):
         load_regressor(path)
-    loop = Trees(
-        feature=np.array([0, -1]), threshold=np.zeros(2), left=np.array([0, 0]), right=np.array([1, 0]),
-        value=np.zeros(2), roots=np.array([0]), base=0.0, rate=1.0, n_features=1,
-    )  # fmt: skip
-    loop.save(path)
-    with pytest.raises(ArtifactError, match="do not hang together"):
-        load_regressor(path)
+    fine = Trees(**TREE)
+    for change in (
+        {"left": np.array([0, 0])}, {"right": np.array([3, 0])}, {"right": np.array([0, 0])}, {"roots": np.array([3])},
+        {"feature": np.array([1, -1, -1])}, {"roots": np.zeros(0, int)}, {"value": np.array([0, np.nan, 0])},
+        {"threshold": np.array([np.inf, 0, 0])}, {"base": np.nan}, {"rate": np.inf}, {"n_features": 0}, {"base": "0"},
+        {"value": np.zeros(2)}, {"roots": np.array([-1])},
+    ):  # fmt: skip
+        with pytest.raises(InputError):
+            Trees(**{**TREE, **change})
+        arrays = {k: change.get(k, v) for k, v in TREE.items() if isinstance(v, np.ndarray)}
+        plain = {k: change.get(k, v) for k, v in TREE.items() if not isinstance(v, np.ndarray)} | {"about": {}}
+        if all(isinstance(v, str) or np.isfinite(v) for k, v in plain.items() if k != "about"):
+            write_artifact(path, "regressor", 2, {"of": "trees", "plain": plain}, arrays)
+            with pytest.raises(ArtifactError, match="no sound regressor"):
+                load_regressor(path)
     with pytest.raises(StorageError):
-        loop.save(tmp_path / "r.safetensors" / "below-a-file.safetensors")
+        fine.save(tmp_path / "r.safetensors" / "below-a-file.safetensors")
+
+
+TREE = {
+    "feature": np.array([0, -1, -1]), "threshold": np.zeros(3), "left": np.array([1, 0, 0]),
+    "right": np.array([2, 0, 0]), "value": np.zeros(3), "roots": np.array([0]),
+    "base": 0.0, "rate": 1.0, "n_features": 1,
+}  # fmt: skip
+
+
+def test_linear_regressors_with_unsound_numbers_cannot_be_made() -> None:
+    good = {"weights": np.zeros(2), "center": np.zeros(2), "scale": np.ones(2), "intercept": 0.0}
+    Linear(**good)
+    for change in (
+        {"weights": np.array([np.nan, 0])}, {"center": np.zeros(3)}, {"scale": np.zeros(2)}, {"scale": -np.ones(2)},
+        {"intercept": np.inf}, {"intercept": None}, {"link": "probit"}, {"weights": None},
+    ):  # fmt: skip
+        with pytest.raises(InputError):
+            Linear(**{**good, **change})
 
 
 def test_a_stored_regressor_predicts_without_torch_and_scikit_learn(tmp_path: Path) -> None:

@@ -120,8 +120,26 @@ def test_what_cannot_be_read_rightly_is_refused(tmp_path: Path) -> None:
         with pytest.raises(InputError, match="pass layer="):
             load_sae(tmp_path)
     save_file({"W_enc": np.zeros((2, 3), np.float32)}, str(tmp_path / "sae_weights.safetensors"))
-    with pytest.raises(ArtifactError, match="lacks"):
+    with pytest.raises(ArtifactError, match="it lacks 'W_dec'"):
         load_sae(tmp_path, layer=1)
+
+
+def test_an_autoencoder_of_ours_that_was_edited_is_refused(tmp_path: Path) -> None:
+    save_sae(small(), tmp_path)
+    weights, config = tmp_path / "sae_weights.safetensors", tmp_path / "cfg.json"
+    content, text = weights.read_bytes(), config.read_text()
+    load_sae(tmp_path, layer=0)  # read after another block is the same autoencoder
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(ArtifactError, match="was changed after it was written"):
+        load_sae(tmp_path)
+    weights.write_bytes(content)
+    config.write_text(text.replace('"apply_b_dec_to_input": true', '"apply_b_dec_to_input": false'))
+    with pytest.raises(ArtifactError, match="was changed after it was written"):
+        load_sae(tmp_path)
+    for broken in ("[]", '{"metadata": 3}', text.replace('"hook_layer": ', '"hook_layer": -')):
+        config.write_text(broken)
+        with pytest.raises(InputError):
+            load_sae(tmp_path)
 
 
 def test_parts_that_do_not_fit_are_refused() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -66,10 +68,24 @@ def test_a_boundary_that_knows_how_far_benign_runs_are_by_each_reading_alarms_ea
 
 def test_a_run_that_cannot_be_compared_is_refused_and_not_called_clear() -> None:
     test = fit_boundary([[0.0, float(i)] for i in range(20)])
-    with pytest.raises(InputError, match="3 readings"):
+    with pytest.raises(InputError, match="no run of 1 to 2 readings"):
         test.first_crossing([0.0, 0.0, 0.0])
     with pytest.raises(InputError, match="not a number"):
         test.first_crossing([0.0, np.nan])
+    for nothing in ([], [[0.0]]):
+        with pytest.raises(InputError, match="no run of"):
+            test.first_crossing(nothing)
+        with pytest.raises(InputError, match="no run of"):
+            test.p_value(nothing)
+    blind = replace(test, path=lambda scores: scores * np.nan)
+    with pytest.raises(InputError, match="the statistic of a reading is not a number"):
+        blind.first_crossing([0.0])
+    for change in (
+        {"threshold": np.nan}, {"threshold": np.inf}, {"threshold": 99.0}, {"false_alarm_rate": np.nan},
+        {"false_alarm_rate": 0.5}, {"maxima": np.zeros(0)}, {"maxima": test.maxima * np.nan}, {"readings": 0},
+    ):  # fmt: skip
+        with pytest.raises(InputError):
+            replace(test, **change)
     with pytest.raises(InputError, match="one and the same number"):
         fit_boundary([[0.0], [0.0, 1.0]])
     with pytest.raises(InputError, match="not finite"):
@@ -115,3 +131,18 @@ def test_an_e_process_refuses_what_has_no_proof() -> None:
     process = fit_eprocess([[1.0, 1.0]])
     with pytest.raises(InputError, match="can be weighed"):
         process.evidence([np.nan])
+
+
+def test_evidence_that_is_no_number_is_refused_and_not_called_clear() -> None:
+    process = fit_eprocess([[1.0, 1.0], [2.0, 2.0]])
+    for bad in ([], [np.nan], [np.inf], [-1.0], [1.0, 1.0, 1.0], [[1.0]]):
+        with pytest.raises(InputError):
+            process.first_crossing(bad)
+    for rate in (np.nan, 0.0, -3, 1.0, np.inf, None):
+        with pytest.raises(InputError, match="false_alarm_rate"):
+            process.first_crossing([1.0], false_alarm_rate=rate)
+    for change in ({"null": process.null * np.nan}, {"weights": np.full(2, np.nan)}, {"weights": np.ones(2)}):
+        with pytest.raises(InputError):
+            replace(process, **change)
+    with pytest.raises(InputError, match="allowance"):
+        cusum([9.0], allowance=np.nan)

@@ -25,6 +25,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from tiltmeter import sound
 from tiltmeter.errors import InputError
 from tiltmeter.regressors import Linear, fit_logistic
 
@@ -64,11 +65,21 @@ class StepAwareAlarm:
         model: logistic regression over the features.
         uses: which groups of features it looks at.
         longest: the last step of any anchor; later ones are outside what was calibrated.
+
+    Raises:
+        InputError: no group of features or an unknown one, no probability, or a last step below 1.
     """
 
     model: Linear
     uses: tuple[Use, ...]
     longest: int
+
+    def __post_init__(self) -> None:
+        sound.texts("uses", self.uses)
+        for use in self.uses:
+            sound.choice("a group of features", use, ("drift", "rate", "step"))
+        sound.whole("longest", self.longest, least=1)
+        sound.choice("the model's link", self.model.link, ("logistic",))
 
     def probabilities(self, steps: ArrayLike, drift: ArrayLike) -> Array:
         """P_k of each reading, (readings,); NaN where the drift is not a number."""
@@ -95,8 +106,9 @@ def features(steps: ArrayLike, drift: ArrayLike, *, uses: Sequence[Use] = ("drif
         InputError: steps that do not increase from above 0, or shapes that do not fit.
     """
     at, moved = np.asarray(steps, dtype=np.float64), np.asarray(drift, dtype=np.float64)
-    gaps = np.diff(at, prepend=0.0)
-    if at.ndim != 1 or moved.ndim != 2 or len(moved) != len(at) or (gaps <= 0).any() or not uses:
+    gaps = np.diff(at, prepend=0.0) if at.ndim == 1 else np.zeros(1)
+    # Not "no gap is <= 0": a step that is no number has gaps that are none.
+    if moved.ndim != 2 or len(moved) != len(at) or not (gaps > 0).all() or not np.isfinite(at).all() or not uses:
         raise InputError(
             f"steps {at.tolist()} and drift of shape {moved.shape} are not a run; give increasing steps above 0 and "
             "one row of drift for each"

@@ -165,6 +165,7 @@ def made(path: str | Path, what: str, remedy: str, make: Callable[[], T]) -> T:
         return make()
     except (TiltmeterError, KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         said = f"{error}" if isinstance(error, TiltmeterError) else f"{type(error).__name__}: {error}"
+        said = f"it lacks {error}" if isinstance(error, KeyError) else said
         raise ArtifactError(f"'{path}' is no sound {what}: {said}; restore it, or {remedy}") from error
 
 

@@ -27,11 +27,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from tiltmeter import sound
+from tiltmeter.artifacts import made, read_json_artifact, write_json_artifact
 from tiltmeter.errors import ArtifactError, FingerprintMismatch, InputError, NumericalError
 
 if TYPE_CHECKING:
@@ -54,6 +57,7 @@ __all__ = [
 ]
 
 FloatArray = NDArray[np.floating[Any]]
+_KIND, _FORMAT = "reading", 1
 _ARRAYS = ("names", "values", "norms", "activation")
 _REREADING = 1e-5  # of the norm: how far two readings of one float32 model lie apart that are batched differently
 _OPTIONAL = ("activation", "tokens", "caveats")
@@ -110,7 +114,8 @@ class Reading:
         caveats: what is uncertain about the model that was read, see `LM`.
 
     Raises:
-        InputError: the shapes of names, values and norms do not fit together, or there is no prompt.
+        InputError: a field is of another type, the shapes of names, values and norms do not fit together, or there is
+            no prompt. Numbers that are not finite may stand there: a comparison says so in its `problem`.
     """
 
     readout: str
@@ -132,7 +137,23 @@ class Reading:
     caveats: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        wanted = (len(self.norms), len(self.names))
+        sound.texts("names", self.names)
+        for what in ("readout", "model", "adapter_state", "fingerprint", "weights", "basis", "plan", "dtype"):
+            sound.text(what, getattr(self, what))
+        sound.text("time", self.time, blank=True)
+        sound.text("tokens", self.tokens, blank=True)
+        for said in self.caveats:
+            sound.text("a caveat", said)
+        sound.whole("layer", self.layer)
+        if self.step is not None:
+            sound.whole("step", self.step)
+        for what in ("values", "norms", "activation"):
+            part = getattr(self, what)
+            if not isinstance(part, np.ndarray | None) or (part is not None and part.dtype.kind != "f"):
+                raise InputError(f"{what} is no array of floats; measure again")
+        if self.activation is not None and (self.activation.ndim != 1 or not len(self.activation)):
+            raise InputError(f"activation has shape {self.activation.shape}; it must be (hidden,); measure again")
+        wanted = (len(self.norms), len(self.names)) if self.norms.ndim else (0, 0)
         if self.values.shape != wanted or self.norms.ndim != 1 or 0 in wanted:
             raise InputError(
                 f"a reading of {self.model} has values of shape {self.values.shape} and norms of shape "
@@ -175,19 +196,42 @@ class Reading:
         """
         try:
             fields = {key: content[key] for key in cls.__dataclass_fields__ if key not in _OPTIONAL}
-            fields["tokens"] = str(content.get("tokens", ""))
-            fields["caveats"] = tuple(str(said) for said in content.get("caveats", ()))
+            fields["tokens"] = content.get("tokens", "")
+            caveats = content.get("caveats", [])
+            for what, value in (("names", fields["names"]), ("caveats", caveats)):
+                if not isinstance(value, list | tuple):
+                    raise InputError(f"{what} are {value!r:.60}; they must be a list")
+            fields["caveats"] = tuple(caveats)
             fields["names"] = tuple(fields["names"])
-            fields["values"] = np.array(fields["values"], dtype=np.float32)
-            fields["norms"] = np.array(fields["norms"], dtype=np.float32)
+            fields["values"] = sound.from_json("values", fields["values"], 2)
+            fields["norms"] = sound.from_json("norms", fields["norms"], 1)
             if content.get("activation") is not None:
-                fields["activation"] = np.array(content["activation"], dtype=np.float32)
+                fields["activation"] = sound.from_json("activation", content["activation"], 1)
             return cls(**fields)
         except (KeyError, TypeError, ValueError) as error:
             raise ArtifactError(
                 f"this is not a stored reading ({type(error).__name__}: {error}); give a record that "
                 "Reading.to_dict wrote, or measure again"
             ) from error
+
+    def save(self, path: str | Path) -> Path:
+        """Write one JSON file with a digest, for `load`.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        return write_json_artifact(path, _KIND, _FORMAT, {"reading": self.to_dict()})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Reading:
+        """Read what `save` wrote.
+
+        Raises:
+            ArtifactError: the file is missing, damaged, changed, foreign, or holds what no reading can have.
+        """
+        remedy = "measure again, with tiltmeter measure --save"
+        content = read_json_artifact(path, _KIND, _FORMAT, remedy=remedy)
+        return made(path, _KIND, remedy, lambda: cls.from_dict(content["reading"]))
 
 
 @dataclass(frozen=True, eq=False)

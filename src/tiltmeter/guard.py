@@ -44,21 +44,24 @@ import torch
 from numpy.typing import NDArray
 from scipy import stats
 
-from tiltmeter.artifacts import read_artifact, write_artifact
+from tiltmeter import sound
+from tiltmeter.artifacts import made, read_artifact, write_artifact
 from tiltmeter.detector import Metric, State
-from tiltmeter.errors import ArtifactError, InputError, NumericalError
+from tiltmeter.errors import InputError, NumericalError
 from tiltmeter.fingerprint import sha
 from tiltmeter.lm import LM, Message, adapter_state
 from tiltmeter.steer import listen
+from tiltmeter.verdicts import compare
 
 __all__ = ["Ear", "SteeringGuard", "SteeringVerdict", "Trace", "fit_guard"]
 
 Array = NDArray[np.float64]
-_KIND, _FORMAT = "steering_guard", 1
+_KIND, _FORMAT = "steering_guard", 2
 _WINDOWS = ("prompt", "answer")
 _RIDGE = 1e-3  # of the mean variance of what predicts
 _FLOOR = 0.1  # smallest standard deviation believed, as a share of the residuals' root mean square
 _HELD = 8 << 20  # bytes of activations kept before they are summed
+_MOST_UNJUDGED = 0.5  # share of a model's answers; above it nothing is said of the model
 _ENOUGH = 0.01  # chance that this many false alarms are only that, below which a model counts as steered
 
 
@@ -241,6 +244,9 @@ class SteeringVerdict:
             answers have.
         false_alarm_rate: promised per answer; None where nothing is promised.
         reason: one sentence.
+
+    Raises:
+        InputError: a CLEAR without a finite score and threshold.
     """
 
     state: State
@@ -251,6 +257,11 @@ class SteeringVerdict:
     strength: float | None
     false_alarm_rate: float | None
     reason: str
+
+    def __post_init__(self) -> None:
+        if self.state == State.CLEAR:
+            sound.number("the score of a CLEAR verdict", self.score)
+            sound.number("the threshold of a CLEAR verdict", self.threshold)
 
 
 class Place(NamedTuple):
@@ -299,11 +310,16 @@ class SteeringGuard:
         threshold: of the score.
         false_alarm_rate: promised per answer.
         null_scores: of the calibration answers, sorted.
+        null_kinds: (answers,) number of the kind of each of those; one number throughout where kinds were not told.
         fewest, most: answer tokens that calibration answers had.
         vocabulary: (ids,) tokens that the answers of the regressions and their prompts had, sorted.
         strangest: largest share of an answer's and its prompt's tokens, over calibration answers, outside of it.
         model: digest of the model.
         calibrated_on: in words.
+
+    Raises:
+        InputError: a field is of another type, not finite or outside its range, shapes do not agree, or the threshold
+            is not the one that the calibration scores give.
     """
 
     places: tuple[int, ...]
@@ -311,12 +327,45 @@ class SteeringGuard:
     threshold: float
     false_alarm_rate: float
     null_scores: Array
+    null_kinds: NDArray[np.int64]
     fewest: int
     most: int
     vocabulary: Array
     strangest: float
     model: str
     calibrated_on: str
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.places, tuple) or len(self.places) < 2 or self.places[0] != -1:
+            raise InputError(f"places are {self.places!r}; they must be -1 and then block numbers")
+        for block in self.places[1:]:
+            sound.whole("a place", block)
+        if not self.known or not set(self.known) <= set(_WINDOWS):
+            raise InputError(f"windows are {tuple(self.known)}; allowed are {', '.join(_WINDOWS)}")
+        width = len(next(iter(next(iter(self.known.values())).values())).bias) if all(self.known.values()) else 0
+        for window, blocks in self.known.items():
+            if list(blocks) != list(self.places[1:]):
+                raise InputError(f"window '{window}' knows blocks {list(blocks)} and listens at {self.places[1:]}")
+            for block, place in blocks.items():
+                _check_place(f"{window} {block}", place, width)
+        sound.array("null_scores", self.null_scores, (None,))
+        sound.array("null_kinds", self.null_kinds, (len(self.null_scores),), kind="i", least=0)
+        sound.number("false_alarm_rate", self.false_alarm_rate, above=0, below=1)
+        sound.number("threshold", self.threshold)
+        if not len(self.null_scores) or (np.diff(self.null_scores) < 0).any():
+            raise InputError("null_scores must be in ascending order, at least one")
+        wanted = _threshold(self.null_scores, self.null_kinds, self.false_alarm_rate)
+        if self.threshold != wanted:
+            raise InputError(
+                f"threshold is {self.threshold:.6g}; the {len(self.null_scores)} calibration answers give {wanted:.6g} "
+                f"at a false-alarm rate of {self.false_alarm_rate:g}"
+            )
+        sound.whole("fewest", self.fewest)
+        sound.whole("most", self.most, least=self.fewest)
+        sound.array("vocabulary", self.vocabulary, (None,), least=0)
+        sound.number("strangest", self.strangest, least=0, most=1)
+        sound.text("model", self.model)
+        sound.text("calibrated_on", self.calibrated_on, blank=True)
 
     @contextlib.contextmanager
     def listening(self, lm: LM) -> Iterator[Ear]:
@@ -326,19 +375,11 @@ class SteeringGuard:
 
     def lengths(self, trace: Trace) -> dict[tuple[str, int], Array]:
         """Standardised length of the residual by window and block, each (answers,); NaN where there is none."""
-        found = {}
-        for window, blocks in self.known.items():
-            heard = getattr(trace, window).astype(np.float64)  # (answers, places, hidden)
-            for at, block in enumerate(self.places[1:]):
-                place = blocks[block]
-                with np.errstate(all="ignore"):
-                    distance = place.distance(heard[:, at], heard[:, at + 1])
-                found[window, block] = (distance - place.median) / place.spread
-        return found
+        return _lengths(trace, self.places, self.known)
 
     def scores(self, trace: Trace) -> Array:
         """(answers,) s; NaN where an activation is not finite or no answer token was heard."""
-        return np.asarray(np.max(np.stack(list(self.lengths(trace).values())), axis=0))
+        return _scores(trace, self.places, self.known)
 
     @property
     def windows(self) -> tuple[str, ...]:
@@ -347,8 +388,7 @@ class SteeringGuard:
 
     def strangeness(self, trace: Trace) -> Array:
         """(answers,) share of each answer's and its prompt's tokens that the regressions have never met."""
-        known = self.vocabulary.astype(np.int64)
-        return np.array([1.0 - float(np.isin(ids, known).mean()) if len(ids) else 1.0 for ids in trace.said])
+        return _strangeness(trace, self.vocabulary.astype(np.int64))
 
     def judge(self, trace: Trace) -> tuple[SteeringVerdict, ...]:
         """Judge each answer by itself."""
@@ -362,16 +402,20 @@ class SteeringGuard:
         """Judge the model from all its answers: steered if more of them alarm than false alarms explain.
 
         An ALARM needs so many that by chance there would be as many in one model of a hundred; where and how strong
-        are medians over the answers that alarmed.
+        are medians over the answers that alarmed. No CLEAR rests on less than half of the answers.
         """
-        each = [v for v in self.judge(trace) if v.state is not State.INCONCLUSIVE]
+        whole = self.judge(trace)
+        each = [v for v in whole if v.state is not State.INCONCLUSIVE]
         if not each:
             reason = self._refusal(trace) or "none of the answers could be judged"
             return self._inconclusive(reason)
         alarms = [v for v in each if v.state is State.ALARM]
         chance = float(stats.binom.sf(len(alarms) - 1, len(each), self.false_alarm_rate)) if alarms else 1.0
         share = f"{len(alarms)} of {len(each)} answers alarmed (false alarms: {self.false_alarm_rate:.0%})"
-        if chance > _ENOUGH:
+        if not chance <= _ENOUGH:
+            unjudged = len(whole) - len(each)
+            if not unjudged <= _MOST_UNJUDGED * len(whole):
+                return self._inconclusive(f"{share}, but {unjudged} of {len(whole)} answers could not be judged")
             return SteeringVerdict(
                 State.CLEAR, len(alarms) / len(each), self.threshold, chance, None, None, _ENOUGH, share
             )
@@ -396,7 +440,7 @@ class SteeringGuard:
         if not all(math.isfinite(value) for value in here.values()):
             what = "no token of the answer was heard" if not trace.tokens[row] else "an activation is not finite"
             return self._inconclusive(f"{what}, so nothing can be said")
-        if strange > self.strangest:
+        if not strange <= self.strangest:
             return self._inconclusive(
                 f"{strange:.0%} of the tokens are none that calibration had (at most {self.strangest:.0%} there), so "
                 "what the model makes of them is not known"
@@ -405,11 +449,12 @@ class SteeringGuard:
         p_value = float((1 + (self.null_scores >= top).sum()) / (1 + len(self.null_scores)))
         tokens = int(trace.tokens[row])
         outside = not self.fewest <= tokens <= self.most
-        if top < self.threshold:
-            if outside:
-                return self._inconclusive(
-                    f"the answer has {tokens} tokens and calibration answers had {self.fewest} to {self.most}"
-                )
+        state = compare(top, self.threshold, outside=outside)
+        if state is State.INCONCLUSIVE:
+            return self._inconclusive(
+                f"the answer has {tokens} tokens and calibration answers had {self.fewest} to {self.most}"
+            )
+        if state is State.CLEAR:
             reason = f"the score {top:.2f} is below {self.threshold:.2f}"
             return SteeringVerdict(State.CLEAR, top, self.threshold, p_value, None, None, self.false_alarm_rate, reason)
         block, window = min((b, w) for (w, b), value in here.items() if value >= self.threshold)
@@ -432,6 +477,10 @@ class SteeringGuard:
             return "this guard was calibrated on another model (or on other weights), so nothing can be said"
         if trace.places != self.places:
             return f"the trace was heard at {trace.places} and the guard listens at {self.places}"
+        width = len(next(iter(next(iter(self.known.values())).values())).bias)
+        wanted = (len(trace.tokens), len(self.places), width)
+        if trace.prompt.shape != wanted or trace.answer.shape != wanted or len(trace.said) != len(trace.tokens):
+            return f"the trace holds {trace.prompt.shape} and {trace.answer.shape} numbers; it must hold {wanted} twice"
         return None
 
     def _inconclusive(self, reason: str) -> SteeringVerdict:
@@ -441,9 +490,13 @@ class SteeringGuard:
         """Write one safetensors file with a JSON header.
 
         Raises:
+            InputError: the model is not named by its digest.
             StorageError: the file cannot be written.
         """
-        arrays: dict[str, Any] = {"null_scores": self.null_scores, "vocabulary": self.vocabulary}
+        sound.digest("model", self.model)
+        arrays: dict[str, Any] = {
+            "null_scores": self.null_scores, "null_kinds": self.null_kinds, "vocabulary": self.vocabulary,
+        }  # fmt: skip
         numbers: dict[str, Any] = {}
         for window, blocks in self.known.items():
             for block, place in blocks.items():
@@ -467,11 +520,14 @@ class SteeringGuard:
         """Read what `save` wrote.
 
         Raises:
-            ArtifactError: missing, truncated, foreign, or of another format version.
+            ArtifactError: missing, truncated, changed, foreign, of another format version, or what no guard can have.
         """
-        header, found = read_artifact(path, _KIND, _FORMAT, remedy="calibrate the guard again")
-        arrays = {key: value.astype(np.float64) for key, value in found.items()}
-        try:
+        remedy = "calibrate the guard again"
+        header, found = read_artifact(path, _KIND, _FORMAT, remedy=remedy)
+
+        def make() -> SteeringGuard:
+            arrays = {key: value.astype(np.float64) for key, value in found.items()}
+            sound.digest("model", header["model"])
             known: dict[str, dict[int, Place]] = {key.split(".")[0]: {} for key in header["numbers"]}
             for key, (median, spread, norm, length, floor) in header["numbers"].items():
                 weights, bias, inputs, whitening, center, directions, spreads = (
@@ -485,15 +541,62 @@ class SteeringGuard:
             return cls(
                 places=tuple(header["places"]), known=known, threshold=header["threshold"],
                 false_alarm_rate=header["false_alarm_rate"], null_scores=arrays["null_scores"],
-                fewest=header["fewest"], most=header["most"], vocabulary=arrays["vocabulary"],
-                strangest=header["strangest"], model=header["model"],
-                calibrated_on=header["calibrated_on"],
+                null_kinds=arrays["null_kinds"].astype(np.int64), fewest=header["fewest"],
+                most=header["most"], vocabulary=arrays["vocabulary"], strangest=header["strangest"],
+                model=header["model"], calibrated_on=header["calibrated_on"],
             )  # fmt: skip
-        except (KeyError, TypeError, ValueError) as error:
-            raise ArtifactError(f"'{path}' is no complete steering guard ({error!r}); calibrate it again") from error
+
+        return made(path, "steering guard", remedy, make)
 
 
 _PARTS = ("weights", "bias", "centre_in", "whitening", "center", "directions", "spread")
+
+
+def _check_place(what: str, place: Place, width: int) -> None:
+    sound.array(f"{what}: weights", place.weights, (width, width))
+    sound.array(f"{what}: bias", place.bias, (width,))
+    sound.array(f"{what}: centre_in", place.centre_in, (width,))
+    sound.array(f"{what}: whitening", place.whitening, (None, width))
+    sound.array(f"{what}: center", place.metric.center, (width,))
+    sound.number(f"{what}: floor", place.metric.floor, above=0)
+    sound.number(f"{what}: median", place.median)
+    sound.number(f"{what}: spread", place.spread, above=0)
+    sound.number(f"{what}: norm", place.norm, above=0)
+    sound.number(f"{what}: length", place.length, least=0)
+
+
+def _lengths(
+    trace: Trace, places: Sequence[int], known: Mapping[str, Mapping[int, Place]]
+) -> dict[tuple[str, int], Array]:
+    found = {}
+    for window, blocks in known.items():
+        heard = getattr(trace, window).astype(np.float64)  # (answers, places, hidden)
+        for at, block in enumerate(places[1:]):
+            place = blocks[block]
+            with np.errstate(all="ignore"):
+                distance = place.distance(heard[:, at], heard[:, at + 1])
+            found[window, block] = (distance - place.median) / place.spread
+    return found
+
+
+def _scores(trace: Trace, places: Sequence[int], known: Mapping[str, Mapping[int, Place]]) -> Array:
+    return np.asarray(np.max(np.stack(list(_lengths(trace, places, known).values())), axis=0))
+
+
+def _strangeness(trace: Trace, vocabulary: NDArray[np.int64]) -> Array:
+    return np.array([1.0 - float(np.isin(ids, vocabulary).mean()) if len(ids) else 1.0 for ids in trace.said])
+
+
+def _threshold(null: Array, kinds: NDArray[np.int64], rate: float) -> float:
+    """Just above the largest of the kinds' (1 - a) quantiles, in the precision of the file."""
+    quantiles = []
+    for kind in np.unique(kinds):
+        of_kind = null[kinds == kind]
+        rank = math.ceil((1 - rate) * (len(of_kind) + 1) - 1e-9)
+        if rank > len(of_kind):
+            raise InputError(f"{len(of_kind)} calibration answers cannot promise a false-alarm rate of {rate:g}")
+        quantiles.append(float(of_kind[rank - 1]))
+    return float(np.nextafter(np.float32(max(quantiles)), np.float32(np.inf)))
 
 
 # ---------------------------------------------------------------------- calibration
@@ -585,17 +688,14 @@ def fit_trace(
         }
         for window in windows
     }
-    tokens = trace.tokens
-    guard = SteeringGuard(
-        trace.places, known, math.inf, false_alarm_rate, np.zeros(0), int(tokens.min()), int(tokens.max()),
-        np.unique(np.concatenate(learn.said)).astype(np.float64), math.inf,
+    tokens, met = trace.tokens, np.unique(np.concatenate(learn.said))
+    null = np.sort(_scores(rest, trace.places, known))
+    one_kind = np.zeros(len(null), dtype=np.int64)
+    return SteeringGuard(
+        trace.places, known, _threshold(null, one_kind, false_alarm_rate), false_alarm_rate, null, one_kind,
+        int(tokens.min()), int(tokens.max()), met.astype(np.float64), float(_strangeness(rest, met).max()),
         trace.model, calibrated_on,
     )  # fmt: skip
-    null = np.sort(guard.scores(rest))
-    rank = math.ceil((1 - false_alarm_rate) * (len(null) + 1))
-    threshold = float(np.nextafter(np.float32(null[rank - 1]), np.float32(np.inf)))
-    strangest = float(guard.strangeness(rest).max())
-    return SteeringGuard(**{**vars(guard), "threshold": threshold, "null_scores": null, "strangest": strangest})
 
 
 def _check_finite(trace: Trace) -> None:
@@ -650,18 +750,19 @@ def _fit_kinds(
             place, left_out = _place_by_kinds(getattr(trace, window), at, float(norms[at + 1]), folds)
             known[window][block] = place
             null = np.maximum(null, left_out)
-    quantiles = []
-    for fold in folds:
-        of_kind = np.sort(null[fold.test])
-        quantiles.append(float(of_kind[math.ceil((1 - rate) * (len(of_kind) + 1)) - 1]))
-    threshold = float(np.nextafter(np.float32(max(quantiles)), np.float32(np.inf)))
+    numbers = np.zeros(len(null), dtype=np.int64)
+    for number, fold in enumerate(folds):
+        numbers[fold.test] = number
+    order = np.argsort(null, kind="stable")
+    null, numbers = null[order], numbers[order]
+    threshold = _threshold(null, numbers, rate)
     strangest = 0.0
     for fold in folds:
         met = np.unique(np.concatenate(trace.take(fold.learn).said))
         strangest = max(strangest, *(1.0 - float(np.isin(ids, met).mean()) for ids in trace.take(fold.test).said))
     tokens = trace.tokens
     return SteeringGuard(
-        trace.places, known, threshold, rate, np.sort(null), int(tokens.min()), int(tokens.max()),
+        trace.places, known, threshold, rate, null, numbers, int(tokens.min()), int(tokens.max()),
         np.unique(np.concatenate(trace.said)).astype(np.float64), strangest, trace.model,
         calibrated_on + f", by {len(folds)} kinds" if calibrated_on else "",
     )  # fmt: skip

@@ -38,16 +38,18 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from tiltmeter.artifacts import read_artifact, write_artifact
+from tiltmeter import sound
+from tiltmeter.artifacts import made, read_artifact, write_artifact
 from tiltmeter.detector import State, Verdict, inconclusive
-from tiltmeter.errors import ArtifactError, InputError
+from tiltmeter.errors import InputError
 from tiltmeter.judge_encoders import Encoder, open_encoder
 from tiltmeter.judge_examples import Example, Pair
+from tiltmeter.verdicts import compare
 
 __all__ = ["FLAG", "DistilledJudge", "Predictions", "fit_judge", "hash_text", "score_rows"]
 
 Array = NDArray[np.float64]
-_FORMAT = 2
+_FORMAT = 3
 _ARRAYS = ("mean", "scale", "weights", "inverse", "words", "null", "null_model", "null_kind", "null_question")
 COVERAGE = 0.9
 MIN_ANSWERS = 20
@@ -93,6 +95,9 @@ class DistilledJudge:
         by_kind: whether a kind counts once, or every model.
         false_alarm_rate: per set of answers.
         calibrated_on: in words.
+
+    Raises:
+        InputError: a field is of another type, not finite or outside its range, or shapes do not agree.
     """
 
     encoder: Encoder
@@ -111,6 +116,31 @@ class DistilledJudge:
     by_kind: bool
     false_alarm_rate: float
     calibrated_on: str
+
+    def __post_init__(self) -> None:
+        sound.array("weights", self.weights, (None,))
+        width, n = len(self.weights), len(self.null)
+        sound.whole("the number of features", width, least=1)
+        sound.array("mean", self.mean, (width,))
+        sound.array("scale", self.scale, (width,), above=0)
+        sound.array("inverse", self.inverse, (width, width))
+        sound.array("words", self.words, (None,), kind="i")
+        sound.array("null", self.null, (n,))
+        for what in ("null_model", "null_kind", "null_question"):
+            sound.array(what, getattr(self, what), (n,), kind="i", least=0)
+        sound.number("intercept", self.intercept)
+        sound.number("far", self.far, least=0)
+        sound.number("half_width", self.half_width, least=0)
+        sound.number("false_alarm_rate", self.false_alarm_rate, above=0, below=1)
+        sound.text("calibrated_on", self.calibrated_on)
+        if not isinstance(self.by_kind, bool):
+            raise InputError(f"by_kind is {self.by_kind!r}; it must be true or false")
+        units = len(np.unique(self.null_kind if self.by_kind else self.null_model))
+        if units < _needed(self.false_alarm_rate):
+            raise InputError(
+                f"{units} benign units cannot promise a false-alarm rate of {self.false_alarm_rate:g}; at least "
+                f"{_needed(self.false_alarm_rate)} are needed"
+            )
 
     @property
     def n_benign(self) -> int:
@@ -159,7 +189,7 @@ class DistilledJudge:
             )
         kept = ~found.unfamiliar
         asked = np.array([hash_text(q) for q, _ in answered])
-        if not np.isfinite(found.drift_pct[kept]).all():
+        if not (np.isfinite(found.drift_pct[kept]).all() and np.isfinite(found.low[kept]).all()):
             return self._undecided("a predicted drift is not a finite number, so nothing can be said")
         score = _tail(found.drift_pct[kept], asked[kept])
         null = self._null_scores(int(kept.sum()), seed)
@@ -172,10 +202,15 @@ class DistilledJudge:
         threshold = float(np.sort(null)[rank - 1])
         said = f"{score:.1%} of {int(kept.sum())} answers read as more than {FLAG:g} % of the full drift"
         worst = _tail(np.where(kept, found.drift_pct, 100.0), asked)
-        if score <= threshold < worst:
+        # Here a score alarms ABOVE its threshold: shares repeat, and benign models reach it.
+        beyond = float(np.nextafter(threshold, np.inf))
+        state = compare(score, beyond)
+        if state is State.CLEAR and compare(worst, beyond) is not State.CLEAR:
             return self._undecided(f"{said}, but {int((~kept).sum())} more are unlike training and could hide an alarm")
+        if state is State.INCONCLUSIVE:
+            return self._undecided("the score or its threshold is not a finite number, so nothing can be said")
         return Verdict(
-            state=State.ALARM if score > threshold else State.CLEAR,
+            state=state,
             score=score,
             threshold=threshold,
             p_value=float((1 + (null >= score).sum()) / (1 + len(null))),
@@ -235,14 +270,17 @@ class DistilledJudge:
         """Read what `save` wrote.
 
         Raises:
-            ArtifactError: the file is missing, damaged, or something else.
+            ArtifactError: the file is missing, damaged, changed, something else, or holds what no judge can have.
         """
         remedy = "distill it again with: tiltmeter judge distill"
         header, arrays = read_artifact(path, "judge", _FORMAT, remedy=remedy)
-        if set(arrays) != set(_ARRAYS):
-            raise ArtifactError(f"'{path}' is not a complete judge; {remedy}")
-        fields: dict[str, Any] = {**header, **arrays, "encoder": open_encoder(header["encoder"])}
-        return cls(**fields)
+
+        def make() -> DistilledJudge:
+            sound.text("encoder", header["encoder"])
+            fields: dict[str, Any] = {**header, **arrays, "encoder": open_encoder(header["encoder"])}
+            return cls(**fields)
+
+        return made(path, "judge", remedy, make)
 
 
 def fit_judge(

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tiltmeter.artifacts import read_artifact, write_artifact
+from tiltmeter import sound
+from tiltmeter.artifacts import made, read_artifact, write_artifact
 from tiltmeter.errors import InputError, NumericalError
 from tiltmeter.judge_examples import Example, Pair
 
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["Regression", "RegressionEncoder", "train_regression"]
 
 _HEAD = "head.safetensors"
-_FORMAT = 1
+_FORMAT = 2
 _BATCH = 32
 
 
@@ -204,11 +205,19 @@ class RegressionEncoder:
 
         remedy = "train it again with train_regression"
         header, arrays = read_artifact(Path(folder) / _HEAD, "regression", _FORMAT, remedy=remedy)
-        weights = {key: torch.from_numpy(arrays[key].copy()) for key in ("weight", "bias")}
+
+        def check() -> None:
+            sound.array("weight", arrays["weight"], (1, None))
+            sound.array("bias", arrays["bias"], (1,))
+            sound.text("source", header["source"])
+            sound.whole("longest", header["longest"], least=1)
+
+        made(Path(folder) / _HEAD, "regression head", remedy, check)
+        weights = {key: torch.from_numpy(arrays[key]) for key in ("weight", "bias")}
         reader = attach(load(header["source"]), folder)
         head = torch.nn.Linear(weights["weight"].shape[1], 1)
         head.load_state_dict(weights)
-        return cls(reader, head.to(reader.device).eval(), int(header["longest"]), Path(folder))
+        return cls(reader, head.to(reader.device).eval(), header["longest"], Path(folder))
 
     @property
     def spec(self) -> str:

@@ -23,8 +23,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from tiltmeter.artifacts import read_artifact, write_artifact
-from tiltmeter.errors import ArtifactError, InputError, NumericalError
+from tiltmeter import sound
+from tiltmeter.artifacts import made, read_artifact, write_artifact
+from tiltmeter.errors import InputError, NumericalError
 
 __all__ = [
     "Linear",
@@ -38,7 +39,7 @@ __all__ = [
 ]
 
 Array = NDArray[np.float64]
-_KIND, _FORMAT = "regressor", 1
+_KIND, _FORMAT = "regressor", 2
 _TREE_ARRAYS = ("feature", "threshold", "left", "right", "value", "roots")
 _LINEAR_ARRAYS = ("weights", "center", "scale")
 
@@ -57,6 +58,10 @@ class Trees:
         rate: what the sum is multiplied with.
         n_features: width of a point.
         about: what it was fitted on, as JSON values.
+
+    Raises:
+        InputError: a number is not finite, shapes do not agree, or the trees do not hang together: a child that lies
+            before its parent would be walked to for ever, and one outside the table is none.
     """
 
     feature: NDArray[np.int64]
@@ -69,6 +74,22 @@ class Trees:
     rate: float
     n_features: int
     about: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        sound.array("feature", self.feature, (None,), kind="i", least=-1)
+        n = len(self.feature)
+        sound.array("threshold", self.threshold, (n,))
+        sound.array("left", self.left, (n,), kind="i")
+        sound.array("right", self.right, (n,), kind="i")
+        sound.array("value", self.value, (n,))
+        sound.array("roots", self.roots, (None,), kind="i", least=0)
+        sound.whole("the number of trees", len(self.roots), least=1)
+        sound.number("base", self.base)
+        sound.number("rate", self.rate)
+        sound.whole("n_features", self.n_features, least=1)
+        ahead = (self.left > np.arange(n)) & (self.right > np.arange(n)) & (np.maximum(self.left, self.right) < n)
+        if not (ahead | (self.feature < 0)).all() or (self.feature >= self.n_features).any() or (self.roots >= n).any():
+            raise InputError("the trees do not hang together")
 
     def predict(self, points: ArrayLike) -> Array:
         """Points (n, features) to predictions (n,); NaN for a point that is not finite.
@@ -112,6 +133,9 @@ class Linear:
         intercept: added.
         link: "identity", or "logistic" for a probability.
         about: what it was fitted on, as JSON values.
+
+    Raises:
+        InputError: a number is not finite, a scale is not above 0, shapes do not agree, or the link is unknown.
     """
 
     weights: Array
@@ -120,6 +144,14 @@ class Linear:
     intercept: float
     link: Literal["identity", "logistic"] = "identity"
     about: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        sound.array("weights", self.weights, (None,))
+        sound.array("center", self.center, (len(self.weights),))
+        sound.array("scale", self.scale, (len(self.weights),), above=0)
+        sound.whole("the number of features", len(self.weights), least=1)
+        sound.number("intercept", self.intercept)
+        sound.choice("link", self.link, ("identity", "logistic"))
 
     @property
     def n_features(self) -> int:
@@ -272,27 +304,18 @@ def load_regressor(path: str | Path) -> Regressor:
     """Read what `save` wrote; scikit-learn and torch are not needed.
 
     Raises:
-        ArtifactError: the file is missing, damaged, foreign or of another version.
+        ArtifactError: the file is missing, damaged, changed, foreign, of another version, or holds what no regressor
+            can have.
     """
-    header, arrays = read_artifact(path, _KIND, _FORMAT, remedy="fit the regressor again")
+    remedy = "fit the regressor again"
+    header, arrays = read_artifact(path, _KIND, _FORMAT, remedy=remedy)
     makers = {"trees": Trees, "linear": Linear}
-    try:
+
+    def make() -> Regressor:
         found: Regressor = makers[header["of"]](**header["plain"], **arrays)
-    except (TypeError, KeyError) as error:
-        raise ArtifactError(f"'{path}' is not a complete regressor ({error}); fit it again") from error
-    _check_trees(found, path)
-    return found
+        return found
 
-
-def _check_trees(found: Regressor, path: str | Path) -> None:
-    """A table whose children point backwards would walk for ever, and one that points outside would crash."""
-    if not isinstance(found, Trees):
-        return
-    nodes = np.arange(len(found.feature))
-    inner = found.feature >= 0
-    ahead = (found.left > nodes) & (found.right > nodes) & (np.maximum(found.left, found.right) < len(nodes))
-    if not (ahead | ~inner).all() or (found.feature >= found.n_features).any() or (found.roots >= len(nodes)).any():
-        raise ArtifactError(f"the trees of '{path}' do not hang together; fit the regressor again")
+    return made(path, _KIND, remedy, make)
 
 
 def _trees(fitted: list[Any], base: float, rate: float, n_features: int, about: Mapping[str, Any] | None) -> Trees:

@@ -21,14 +21,15 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tiltmeter.artifacts import write_file
+from tiltmeter import sound
+from tiltmeter.artifacts import made, write_file
 from tiltmeter.errors import ArtifactError, InputError, NumericalError
 from tiltmeter.fingerprint import sha
 from tiltmeter.untrusted import check_safetensors, read_json
@@ -37,6 +38,7 @@ __all__ = ["SAE", "SAEReadout", "load_sae", "save_sae", "strongest", "train_sae"
 
 FloatArray = NDArray[np.floating[Any]]
 Activation = Literal["relu", "topk", "jumprelu"]
+_DIGEST = "tiltmeter_sha256"
 _WEIGHTS, _CONFIG = "sae_weights.safetensors", "cfg.json"
 _ARCHITECTURES: dict[str, Activation] = {"standard": "relu", "topk": "topk", "jumprelu": "jumprelu"}
 
@@ -74,6 +76,8 @@ class SAE:
     source: str = ""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.encoder, np.ndarray) or self.encoder.ndim != 2 or 0 in self.encoder.shape:
+            raise InputError("the encoder is no array (hidden, features); give one")
         hidden, width = self.encoder.shape
         shapes = (self.decoder.shape, self.encoder_bias.shape, self.decoder_bias.shape)
         if shapes != ((width, hidden), (width,), (hidden,)):
@@ -85,6 +89,12 @@ class SAE:
             raise InputError(f"a top-k autoencoder of {width} features needs k between 1 and {width}, got {self.k}")
         if self.activation == "jumprelu" and (self.threshold is None or self.threshold.shape != (width,)):
             raise InputError(f"a jump-relu autoencoder needs a threshold for each of its {width} features")
+        if self.threshold is not None and not np.isfinite(self.threshold).all():
+            raise NumericalError(f"the autoencoder '{self.source}' holds thresholds that are not finite")
+        sound.choice("activation", self.activation, tuple(_ARCHITECTURES.values()))
+        sound.whole("layer", self.layer)
+        if self.k is not None:
+            sound.whole("k", self.k, least=1)
         if not all(np.isfinite(a).all() for a in (self.encoder, self.decoder, self.encoder_bias, self.decoder_bias)):
             raise NumericalError(f"the autoencoder '{self.source}' holds weights that are not finite")
 
@@ -265,7 +275,7 @@ def train_sae(
 
 
 def save_sae(sae: SAE, folder: str | Path) -> Path:
-    """Write `cfg.json` and `sae_weights.safetensors`, as SAELens lays them out.
+    """Write `cfg.json` and `sae_weights.safetensors`, as SAELens lays them out, with the digest of both in the first.
 
     Raises:
         StorageError: it cannot be written.
@@ -278,7 +288,8 @@ def save_sae(sae: SAE, folder: str | Path) -> Path:
     names = {value: key for key, value in _ARCHITECTURES.items()}
     config = {
         "architecture": names[sae.activation], "d_in": sae.encoder.shape[0], "d_sae": sae.width, "k": sae.k,
-        "apply_b_dec_to_input": sae.center_input, "metadata": {"hook_layer": sae.layer, "source": sae.source},
+        "apply_b_dec_to_input": sae.center_input,
+        "metadata": {"hook_layer": sae.layer, "source": sae.source, _DIGEST: sae.digest},
     }  # fmt: skip
     target = Path(folder)
     write_file(target / _WEIGHTS, save({k: np.ascontiguousarray(v, np.float32) for k, v in arrays.items()}))
@@ -294,8 +305,9 @@ def load_sae(folder: str | Path, *, layer: int | None = None) -> SAE:
         layer: the block that it reads after, counted from 0; by default what its configuration says.
 
     Raises:
-        ArtifactError: a file is missing or damaged, or the architecture is not one of those that can be read: an
-            autoencoder with a part that is not understood would give wrong numbers.
+        ArtifactError: a file is missing, damaged, or (where it is one of ours) changed after it was written; or the
+            architecture is not one of those that can be read: an autoencoder with a part that is not understood would
+            give wrong numbers.
         InputError: the configuration names no layer, and none was given.
     """
     from safetensors import SafetensorError, safe_open
@@ -303,13 +315,15 @@ def load_sae(folder: str | Path, *, layer: int | None = None) -> SAE:
     folder = Path(folder)
     try:
         config = read_json(folder / _CONFIG, advice="download it again", foreign=True)
+        if not isinstance(config.get("metadata") or {}, dict):
+            raise ArtifactError(f"'{folder / _CONFIG}' is no configuration of an autoencoder; download it again")
         check_safetensors(folder / _WEIGHTS, dtypes=("F16", "F32", "F64"), advice="save it in one of these")
         with safe_open(folder / _WEIGHTS, framework="numpy") as file:
             arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
     except (OSError, SafetensorError) as error:
         raise ArtifactError(f"'{folder}' holds no readable {_CONFIG} and {_WEIGHTS} ({error})") from error
     architecture = config.get("architecture", "standard")
-    activation = _ARCHITECTURES.get(architecture)
+    activation = _ARCHITECTURES.get(str(architecture))
     if activation == "relu" and config.get("activation_fn", config.get("activation_fn_str", "relu")) == "topk":
         activation = "topk"
     if activation is None or config.get("normalize_activations", "none") not in ("none", None):
@@ -321,7 +335,8 @@ def load_sae(folder: str | Path, *, layer: int | None = None) -> SAE:
     at = layer if layer is not None else _layer(config, meta)
     if at is None or at < 0:
         raise InputError(f"the configuration in '{folder}' names no block to read after ({at}); pass layer=")
-    try:
+
+    def make() -> SAE:
         return SAE(
             arrays["W_enc"], arrays["W_dec"], arrays["b_enc"], arrays["b_dec"], activation, at,
             k=config.get("k") or (config.get("activation_fn_kwargs") or {}).get("k"),
@@ -329,8 +344,16 @@ def load_sae(folder: str | Path, *, layer: int | None = None) -> SAE:
             center_input=bool(config.get("apply_b_dec_to_input", True)),
             source=str(meta.get("source") or folder),
         )  # fmt: skip
-    except KeyError as error:
-        raise ArtifactError(f"the autoencoder in '{folder}' lacks {error}") from error
+
+    found = made(folder, "autoencoder", "download or train it again", make)
+    # The layer may be given anew; the digest is over the one that was written.
+    written = replace(found, layer=_layer(config, meta) or 0)
+    if _DIGEST in meta and meta[_DIGEST] != written.digest:
+        raise ArtifactError(
+            f"'{folder}' was changed after it was written: its digest does not match its content; restore it, or train "
+            "the autoencoder again"
+        )
+    return found
 
 
 def _layer(config: dict[str, Any], meta: dict[str, Any]) -> int | None:

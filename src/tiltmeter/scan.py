@@ -28,7 +28,7 @@ from tiltmeter.drift import DriftProfile, Reading, drift, measure
 from tiltmeter.errors import InactiveAdapter, InputError, NumericalError, TiltmeterError
 from tiltmeter.likelihood import LikelihoodDetector, Rise, answer_likelihoods, read_tuned, rise_of
 from tiltmeter.lm import LM, adapter_state, load
-from tiltmeter.runs import checkpoints, read_json
+from tiltmeter.runs import checkpoints
 
 __all__ = [
     "Finding", "RiseFinding", "judge_likelihoods", "judge_model", "judge_source", "read_reference", "scan",
@@ -86,8 +86,7 @@ def read_reference(path: str | Path) -> Reading:
     Raises:
         ArtifactError: the file is missing, damaged or holds something else.
     """
-    content = read_json(Path(path))
-    return Reading.from_dict(content.get("reading", content))
+    return Reading.load(path)
 
 
 def judge_model(

@@ -32,6 +32,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from tiltmeter import sound
 from tiltmeter.errors import InputError
 
 __all__ = ["Boundary", "EProcess", "Envelope", "conformal_rank", "cusum", "envelope", "fit_boundary", "fit_eprocess"]
@@ -61,7 +62,11 @@ def cusum(scores: ArrayLike, *, allowance: float) -> Array:
     """C_k = max(0, C_{k-1} + s_k - allowance), (readings,): evidence that adds up (Page 1954, Biometrika 41).
 
     A score that is not a number makes that and every later value not a number.
+
+    Raises:
+        InputError: the allowance is no finite number.
     """
+    sound.number("allowance", allowance)
     found, level = [], 0.0
     for score in np.asarray(scores, dtype=np.float64):
         level = max(0.0, level + float(score) - allowance) if np.isfinite(score) and np.isfinite(level) else math.nan
@@ -124,6 +129,9 @@ class Boundary:
         maxima: (n,) of the calibration runs' paths, sorted.
         readings: how many a calibration run had.
         path: from scores to the statistic.
+
+    Raises:
+        InputError: a number is not finite or outside its range, or the threshold is not the one that the maxima give.
     """
 
     threshold: float
@@ -132,24 +140,46 @@ class Boundary:
     readings: int
     path: Path
 
+    def __post_init__(self) -> None:
+        sound.array("maxima", self.maxima, (None,))
+        sound.number("threshold", self.threshold)
+        sound.whole("readings", self.readings, least=1)
+        wanted = np.sort(self.maxima)[conformal_rank(len(self.maxima), self.false_alarm_rate) - 1]
+        if not math.isclose(self.threshold, wanted, rel_tol=1e-12):
+            raise InputError(
+                f"threshold is {self.threshold:.6g}; the {len(self.maxima)} calibration runs give {wanted:.6g} at a "
+                f"false-alarm rate of {self.false_alarm_rate:g}"
+            )
+
     def first_crossing(self, scores: ArrayLike) -> int | None:
         """Index of the first reading at which the alarm is raised, or None.
 
         Raises:
-            InputError: the run has more readings than calibration had, or a score that is not a number: nothing is
-                promised there, and silence would look like safety.
+            InputError: the run has no reading, more than calibration had, or a score or statistic that is not a
+                number: nothing is promised there, and silence would look like safety.
         """
-        s = np.asarray(scores, dtype=np.float64)
-        if len(s) > self.readings:
-            raise InputError(f"the run has {len(s)} readings and calibration runs had {self.readings}; see Boundary")
-        if not np.isfinite(s).all():
-            raise InputError("a score is not a number, so the run cannot be called clear; measure it again")
-        above = np.flatnonzero(self.path(s) > self.threshold)
+        above = np.flatnonzero(self._follow(scores) > self.threshold)
         return int(above[0]) if len(above) else None
 
+    def _follow(self, scores: ArrayLike) -> Array:
+        """The statistic of each reading, (readings,), all finite."""
+        s = np.asarray(scores, dtype=np.float64)
+        if s.ndim != 1 or not 1 <= len(s) <= self.readings:
+            raise InputError(f"scores of shape {s.shape} are no run of 1 to {self.readings} readings; see Boundary")
+        if not np.isfinite(s).all():
+            raise InputError("a score is not a number, so the run cannot be called clear; measure it again")
+        found = np.asarray(self.path(s), dtype=np.float64)
+        if found.shape != s.shape or not np.isfinite(found).all():
+            raise InputError("the statistic of a reading is not a number, so the run cannot be called clear")
+        return found
+
     def p_value(self, scores: ArrayLike) -> float:
-        """Share of the n + 1 runs, this one counted in, whose path reaches as high."""
-        top = float(np.max(self.path(np.asarray(scores, dtype=np.float64))))
+        """Share of the n + 1 runs, this one counted in, whose path reaches as high.
+
+        Raises:
+            InputError: see `first_crossing`.
+        """
+        top = float(np.max(self._follow(scores)))
         return float((1 + (self.maxima >= top).sum()) / (1 + len(self.maxima)))
 
 
@@ -179,22 +209,31 @@ class EProcess:
     Attributes:
         null: (n, readings) statistic of the benign calibration runs, 0 or more.
         weights: (readings,) how the bet is spread over readings; they sum to at most 1.
+
+    Raises:
+        InputError: a value below 0 or not finite, or weights that are not as said.
     """
 
     null: Array
     weights: Array
 
+    def __post_init__(self) -> None:
+        sound.array("null", self.null, (None, None), least=0)
+        sound.whole("the number of calibration runs", len(self.null), least=1)
+        sound.array("weights", self.weights, (self.null.shape[1],), least=0)
+        sound.number("the sum of the weights", self.weights.sum(), above=0, most=1 + 1e-12)
+
     def evidence(self, statistic: ArrayLike) -> Array:
         """M_k, (readings,), of a run's statistic (0 or more).
 
         Raises:
-            InputError: more readings than calibration had, or a value below 0 or not finite.
+            InputError: no reading, more than calibration had, or a value below 0 or not finite.
         """
         f = np.asarray(statistic, dtype=np.float64)
-        if len(f) > self.null.shape[1] or not np.isfinite(f).all() or (f < 0).any():
+        if f.ndim != 1 or not 1 <= len(f) <= self.null.shape[1] or not np.isfinite(f).all() or (f < 0).any():
             raise InputError(
-                f"got {len(f)} values from {f.min() if len(f) else math.nan} up; at most {self.null.shape[1]} finite "
-                "values of 0 or more can be weighed"
+                f"got values of shape {f.shape} from {f.min() if f.size else math.nan} up; 1 to {self.null.shape[1]} "
+                "finite values of 0 or more can be weighed"
             )
         null = self.null[:, : len(f)]
         total = f + null.sum(axis=0)
@@ -202,7 +241,12 @@ class EProcess:
         return np.asarray(np.cumsum(self.weights[: len(f)] * e))
 
     def first_crossing(self, statistic: ArrayLike, *, false_alarm_rate: float = 0.05) -> int | None:
-        """Index of the first reading with M_k >= 1/a, or None; benign runs have one with probability at most a."""
+        """Index of the first reading with M_k >= 1/a, or None; benign runs have one with probability at most a.
+
+        Raises:
+            InputError: see `evidence`, or a rate outside 0 to 1.
+        """
+        sound.number("false_alarm_rate", false_alarm_rate, above=0, below=1)
         above = np.flatnonzero(self.evidence(statistic) >= 1.0 / false_alarm_rate)
         return int(above[0]) if len(above) else None
 

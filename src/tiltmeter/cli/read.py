@@ -128,13 +128,12 @@ def measure(
 ) -> Outcome:
     """Measure MODEL once, compare it with a reference, and judge it."""
     basis, detector = basis_for(basis_dir, model), detector_for(detector_path, model)
-    from tiltmeter.runs import write_json
     from tiltmeter.scan import judge_source  # torch, and so not before the files are read
 
     with progress(f"reading {adapter or model}"):
         found = judge_source(model, basis, detector, adapter=adapter, reference=reference)
     if save and found.reading:
-        write_json(save, {"reading": found.reading.to_dict()})
+        found.reading.save(save)
     values = found.to_dict()
     lines = [*verdict_lines(found.model, found.verdict), *drift_lines(values["drift"], values["se"])]
     show(values, as_json, lines)

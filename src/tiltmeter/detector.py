@@ -263,7 +263,7 @@ class Detector:
         run = (profiles,) if isinstance(profiles, DriftProfile) else tuple(profiles)
         refusal = self._refusal(run)
         if refusal:
-            return inconclusive(refusal, step=run[-1].step if run else None, detector=self)
+            return inconclusive(refusal, step=getattr(run[-1], "step", None) if run else None, detector=self)
         note = ""
         if self.mode == "null_band":
             note = "; calibrated on benign runs alone, which tells unusual from usual, not dangerous from harmless"
@@ -314,6 +314,8 @@ class Detector:
         if not run:
             return "there is no reading to judge."
         for profile in run:
+            if not isinstance(profile, DriftProfile):
+                return f"a {type(profile).__name__} stands where a drift profile belongs."
             at = f" at step {profile.step}" if profile.step is not None else ""
             if profile.problem:
                 return f"the reading{at} cannot be judged: {profile.problem}."

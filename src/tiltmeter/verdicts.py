@@ -186,7 +186,8 @@ def decide(
 
     Args:
         by: the detector; its threshold holds for the largest score.
-        scores: (readings,) in step order; one that is not a finite number leaves the run INCONCLUSIVE.
+        scores: (readings,) in step order; one that is not a finite number leaves a run INCONCLUSIVE in which no other
+            one alarms.
         steps: of the readings.
         calibrated_on: in words.
         said: how the reason of an ALARM and that of a CLEAR begin.
@@ -197,12 +198,16 @@ def decide(
     """
     values = np.asarray(scores, dtype=np.float64)
     last = steps[-1] if len(steps) else None
-    top = float(values.max()) if values.ndim == 1 and values.size and len(values) == len(steps) else math.nan
+    whole = values.ndim == 1 and values.size > 0 and len(values) == len(steps)
+    finite = np.isfinite(values) if whole else np.zeros(values.shape, dtype=np.bool_)
+    top = float(values[finite].max()) if finite.any() else math.nan
     state = compare(top, by.threshold, outside=bool(outside or unsure))
+    if state is not State.ALARM and not finite.all():
+        top, state = math.nan, State.INCONCLUSIVE
     named, limit = f"{top:.2f}{unit and ' '}{unit}", f"{by.threshold:.2f}"
     score, first = (top if math.isfinite(top) else None), None
     if state is State.ALARM:
-        first = steps[int(np.flatnonzero(values >= by.threshold)[0])]
+        first = steps[int(np.flatnonzero(finite & (values >= by.threshold))[0])]
         reason = f"{said[0]} {named}, at or above {limit}, which at most {by.false_alarm_rate:.0%} of benign runs reach"
         reason += note + (f"; {outside}, so the false-alarm rate is not promised" if outside else "")
     elif state is State.CLEAR:

@@ -486,3 +486,19 @@ def test_a_stored_reading_with_an_unsound_field_is_refused(change: dict[str, obj
     Reading.from_dict(content)
     with pytest.raises(ArtifactError, match="not a stored reading"):
         Reading.from_dict(content | change)
+
+
+def test_a_reference_of_absurd_length_makes_no_drift_look_small() -> None:
+    now, then = reading([[1.0], [2.0]], step=9), reading([[0.0], [1.0]], step=0)
+    assert drift(now, then).problem is None
+    for norms in ([1e9, 1.0], [30.0, 30.0]):
+        found = drift(now, replace(then, norms=np.array(norms, np.float32)))
+        assert "no sound unit" in str(found.problem)
+    with pytest.raises(InputError, match="no length is below 0"):
+        replace(then, norms=np.array([-1.0, 1.0], np.float32))
+
+
+def test_readings_of_activations_of_different_width_are_not_compared() -> None:
+    wide, narrow = (reading([[1.0]], activation=np.ones(n, np.float32)) for n in (4, 3))
+    with pytest.raises(InputError, match="measure both with the same basis"):
+        drift(wide, narrow)

@@ -145,7 +145,8 @@ def test_a_prediction_that_is_no_number_is_inconclusive_and_never_clear(judge: D
 def test_a_judge_with_unsound_numbers_cannot_be_made(judge: DistilledJudge) -> None:
     n, width = len(judge.null), len(judge.weights)
     for change in (
-        {"intercept": np.nan}, {"intercept": None}, {"far": np.nan}, {"far": -1.0}, {"far": np.inf},
+        {"intercept": np.nan}, {"intercept": -1e9}, {"intercept": None}, {"far": np.nan}, {"far": -1.0},
+        {"far": np.inf},
         {"half_width": np.nan}, {"half_width": -1.0}, {"false_alarm_rate": np.nan}, {"false_alarm_rate": -3},
         {"false_alarm_rate": 1e-4},
         {"weights": judge.weights * np.nan}, {"scale": np.zeros(width)}, {"mean": np.zeros(width + 1)},

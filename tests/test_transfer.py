@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 
 from tiltmeter.detector import State
 from tiltmeter.errors import ArtifactError, InputError
-from tiltmeter.transfer import PositionRun, TransferDetector, band_of, fit_danger, fit_transfer
+from tiltmeter.transfer import Danger, PositionRun, TransferDetector, band_of, fit_danger, fit_transfer
 
 D = 10
 DANGER = np.eye(D)[0] * 0.6 + np.eye(D)[1] * 0.8
@@ -152,3 +153,26 @@ def test_calibration_that_cannot_serve_is_refused() -> None:
         fit_transfer(danger, [run._replace(positions=run.positions[:, :3]) for run in benign(runs)])
     with pytest.raises(InputError, match="readings are the same"):
         band_of([("a", np.ones((3, 2)))])
+
+
+def test_a_detector_with_unsound_numbers_cannot_be_made() -> None:
+    rng = np.random.default_rng(0)
+    runs = [PositionRun(name, False, rng.normal(size=(3, 4))) for name in "abcdef" for _ in range(4)]
+    danger = Danger(np.eye(4)[0], ("another",), float("nan"))
+    detector = fit_transfer(danger, runs, false_alarm_rate=0.2)
+    for change in (
+        {"threshold": np.nan}, {"threshold": np.inf}, {"threshold": 99.0}, {"threshold": None},
+        {"false_alarm_rate": -3},
+        {"false_alarm_rate": np.nan}, {"farthest": np.nan}, {"farthest": -1.0}, {"farthest": np.inf},
+        {"max_readings": 0},
+        {"band": replace(detector.band, floor=0.0)}, {"band": replace(detector.band, floor=1e9)},
+        {"null_scores": detector.null_scores * np.nan}, {"null_weights": detector.null_weights * 2},
+    ):  # fmt: skip
+        with pytest.raises(InputError):
+            replace(detector, **change)
+    for change in (
+        {"direction": np.zeros(4)}, {"direction": 2 * np.eye(4)[0]}, {"direction": np.full(4, np.nan)}, {"sources": ()},
+        {"agreement": np.inf}, {"agreement": 2.0}, {"direction": None},
+    ):  # fmt: skip
+        with pytest.raises(InputError):
+            replace(danger, **change)

@@ -58,6 +58,7 @@ __all__ = [
 
 FloatArray = NDArray[np.floating[Any]]
 _KIND, _FORMAT = "reading", 1
+_SHORTEST = 0.1  # mean activation norm of a reading over that of its reference, below which nothing is judged
 _ARRAYS = ("names", "values", "norms", "activation")
 _REREADING = 1e-5  # of the norm: how far two readings of one float32 model lie apart that are batched differently
 _OPTIONAL = ("activation", "tokens", "caveats")
@@ -151,6 +152,8 @@ class Reading:
             part = getattr(self, what)
             if not isinstance(part, np.ndarray | None) or (part is not None and part.dtype.kind != "f"):
                 raise InputError(f"{what} is no array of floats; measure again")
+        if (self.norms < 0).any():
+            raise InputError(f"norms hold {float(np.nanmin(self.norms)):g}; no length is below 0; measure again")
         if self.activation is not None and (self.activation.ndim != 1 or not len(self.activation)):
             raise InputError(f"activation has shape {self.activation.shape}; it must be (hidden,); measure again")
         wanted = (len(self.norms), len(self.names)) if self.norms.ndim else (0, 0)
@@ -562,6 +565,12 @@ def _require_comparable(reading: Reading, reference: Reading) -> None:
                 f"the reading of {reading.model} cannot be compared with the reference {_label(reference)}: "
                 f"their {what} differ ({got!r} and {wanted!r}); measure both with the same basis"
             )
+    kept = [part.activation.shape for part in (reading, reference) if part.activation is not None]
+    if len(set(kept)) > 1:
+        raise InputError(
+            f"the reading of {reading.model} keeps {kept[0]} activations and the reference {_label(reference)} "
+            f"{kept[1]}; measure both with the same basis"
+        )
     if reading.fingerprint != reference.fingerprint:
         raise FingerprintMismatch(
             f"the reading of {reading.model} and the reference {_label(reference)} are from different models "
@@ -597,6 +606,12 @@ def _problem(reading: Reading, reference: Reading, norm0: float) -> str | None:
             )
     if norm0 == 0:
         return f"the activations of the reference {_label(reference)} are all zero, so drift has no unit"
+    if not float(reading.norms.mean(dtype=np.float64)) >= _SHORTEST * norm0:
+        # In so long a unit every drift would look small.
+        return (
+            f"the activations of the reference {_label(reference)} are more than {1 / _SHORTEST:g} times as long as "
+            "those that were read, so drift has no sound unit"
+        )
     if reading.adapter_state == "zero" and reading.step != 0:
         return "the adapter does nothing (its weights are all zero), so this run cannot be judged"
     trained = reading.adapter_state == "active" or (reading.step or 0) > 0

@@ -57,6 +57,7 @@ MAX_UNFAMILIAR = 0.2
 """Share of answers unlike the training data above which nothing is said."""
 FLAG = 75.0
 """Percent of full drift above which an answer is flagged and counts for an alarm."""
+_LARGEST = 10_000.0  # percent: no mean drift of training answers lies beyond
 _UNKNOWN_WORDS = 0.25  # an answer with more words that training never showed is unlike it
 _FAR = 0.999  # an answer with a higher leverage than this share of the calibration answers is unlike training
 _PENALTIES = (1.0, 10.0, 100.0, 1000.0, 10000.0)
@@ -128,7 +129,7 @@ class DistilledJudge:
         sound.array("null", self.null, (n,))
         for what in ("null_model", "null_kind", "null_question"):
             sound.array(what, getattr(self, what), (n,), kind="i", least=0)
-        sound.number("intercept", self.intercept)
+        sound.number("intercept", self.intercept, least=-_LARGEST, most=_LARGEST)
         sound.number("far", self.far, least=0)
         sound.number("half_width", self.half_width, least=0)
         sound.number("false_alarm_rate", self.false_alarm_rate, above=0, below=1)

@@ -168,7 +168,9 @@ class TransferDetector:
 
     def __post_init__(self) -> None:
         sound.array("center", self.band.center, (len(self.danger.direction),))
-        sound.number("floor", self.band.floor, above=0)
+        # A louder floor than the benign readings themselves would drown every direction.
+        size = float(np.sqrt((self.band.spread**2).sum() / len(self.band.center)))
+        sound.number("floor", self.band.floor, above=0, most=size * (1 + 1e-9))
         sound.number("farthest", self.farthest, least=0)
         sound.whole("max_readings", self.max_readings, least=1)
         check_conformal(self)

@@ -31,13 +31,14 @@ from tiltmeter.answers import JudgedAnswer
 from tiltmeter.behavior import aggregate_file
 from tiltmeter.detector import Detector, State, Verdict, fit_detector
 from tiltmeter.guard import SteeringGuard, Trace, fit_trace
+from tiltmeter.intervals import Rate, rate_of, wilson
 from tiltmeter.judge import Reason, Score, Unscored
 from tiltmeter.judge_distilled import DistilledJudge, fit_judge, score_rows
 from tiltmeter.judge_encoders import NgramEncoder
 from tiltmeter.likelihood import LikelihoodDetector
 from tiltmeter.observations import Observation, first_alarm, overall
 from tiltmeter.questions import Question
-from tiltmeter.rates import Rate, aggregate, wilson
+from tiltmeter.rates import aggregate
 from tiltmeter.readings import RunRecord, read_run
 from tiltmeter.transfer import Danger, PositionRun, TransferDetector, fit_transfer
 from tiltmeter.verdicts import compare, decide, inconclusive
@@ -363,7 +364,17 @@ def cases(tmp: Path) -> dict[str, tuple[Callable[[], Any], Given]]:
                 wrong_shape=lambda: counted(np.zeros(2)),
             ),
         ),
-        "rates.wilson": (
+        "intervals.rate_of": (
+            lambda: rate_of([False] * 200, list(range(200))),
+            each(
+                lambda v: rate_of([v] * 200, list(range(200))),
+                empty=lambda: rate_of([], []),
+                missing=lambda: rate_of([False] * 200, []),
+                None_=lambda: rate_of(None, [1]),  # type: ignore[arg-type]
+                wrong_shape=lambda: rate_of(np.zeros((2, 2), bool), [1, 2]),  # type: ignore[arg-type]
+            ),
+        ),
+        "intervals.wilson": (
             lambda: wilson(0, 200),
             each(
                 lambda v: wilson(v, 200),  # type: ignore[arg-type]
@@ -424,6 +435,7 @@ ELSEWHERE = {
     "studies.steered.Counts.em": COUNTS,
     "studies.steered.Counts.em_coherent": COUNTS,
     "studies.steered.Counts.relevance": COUNTS,
+    "verdicts.Verdict.noting": "adds to the reason of a verdict that was made before",
     "verdicts.inconclusive": "says nothing but INCONCLUSIVE",
 }
 ALL = sorted(
@@ -431,7 +443,8 @@ ALL = sorted(
         "behavior.aggregate_file", "detector.Detector.predict", "guard.SteeringGuard.judge",
         "guard.SteeringGuard.judge_model", "judge_distilled.DistilledJudge.verdict", "judge_distilled.score_rows",
         "likelihood.LikelihoodDetector.predict", "observations.first_alarm", "observations.overall", "rates.aggregate",
-        "rates.wilson", "readings.RunReadings.verdict", "readings.RunRecord.miss", "readings.RunRecord.observations",
+        "intervals.rate_of", "intervals.wilson",
+        "readings.RunReadings.verdict", "readings.RunRecord.miss", "readings.RunRecord.observations",
         "readings.RunRecord.observe", "readings.RunRecord.rejudge", "readings.RunRecord.verdict", "readings.read_run",
         "transfer.TransferDetector.predict", "verdicts.compare", "verdicts.decide",
     }

@@ -264,9 +264,12 @@ def test_a_diagnosis_needs_drifted_and_undrifted_answers(judge: DistilledJudge) 
 
 def test_encoders_by_name() -> None:
     assert open_encoder("ngrams:128") == NgramEncoder(128)
-    for spec in ("ngrams:x", "hidden:organism:pocket", "nothing"):
+    for spec in ("ngrams:x", "hidden:organism:pocket", "nothing", "ngrams:" + "9" * 5000):
         with pytest.raises(InputError, match="no encoder"):
             open_encoder(spec)
+    for width in (0, 2**30):
+        with pytest.raises(InputError, match="allowed are 1 to"):
+            open_encoder(f"ngrams:{width}")
     with pytest.raises(MissingExtra, match="sentence"):
         open_encoder("sentence:some/model").encode([("q", "a")])
 

@@ -97,7 +97,7 @@ def _odd(rng: random.Random) -> Any:
     deep = rng.choice(DEEP)
     return rng.choice((
         None, True, False, 0, -1, 1, 2, 0.5, 1e300, -1e300, 1 << 40, 1 << 62, 1 << 70, 10**30, "", "x", "0.3", "nan", "\0",
-        "../..", "x" * 10_000, [], {}, [[]], [None], [1, "a"], {"a": 1}, ["x"] * 1000, list(range(50)),
+        "../..", "ngrams:9999999999", "ngrams:" + "9" * MANY, "~nobody/x", "x" * 10_000, [], {}, [[]], [None], [1, "a"], {"a": 1}, ["x"] * 1000, list(range(50)),
         _Raw("NaN"), _Raw("-Infinity"), _Raw("1e999"), _Raw("9" * MANY), _Raw("-" + "1" * 300), _Raw('"\\ud800"'),
         _Raw("[" * deep + "]" * deep), _Raw('{"a":' * deep + "1" + "}" * deep), _Raw('{"a": 1, "a": 2}'),
     ))  # fmt: skip

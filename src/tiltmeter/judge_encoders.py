@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 __all__ = ["Encoder", "HiddenEncoder", "NgramEncoder", "SentenceEncoder", "open_encoder"]
 
 Array = NDArray[np.float64]
+_WIDEST = 1 << 20
+_DIGITS = 12  # of a width or a block's number: enough for any, and a number that can be told
 
 
 class Encoder(Protocol):
@@ -49,6 +51,11 @@ class NgramEncoder:
     """Hashed words and pairs of words: those of the answer, and those of question and answer together."""
 
     width: int = 1024
+
+    def __post_init__(self) -> None:
+        # A file may name any width, and its arrays are allocated at the first answer.
+        if not 1 <= self.width <= _WIDEST:
+            raise InputError(f"n-grams of width {self.width} were asked for; allowed are 1 to {_WIDEST:,}")
 
     @property
     def spec(self) -> str:
@@ -129,10 +136,10 @@ def open_encoder(spec: str) -> Encoder:
         InputError: no such encoder.
     """
     kind, _, rest = spec.partition(":")
-    if kind == "ngrams" and rest.isdecimal():
+    if kind == "ngrams" and rest.isdecimal() and len(rest) <= _DIGITS:
         return NgramEncoder(int(rest))
     block, _, source = rest.partition(":")
-    if kind == "hidden" and block.isdecimal() and source:
+    if kind == "hidden" and block.isdecimal() and len(block) <= _DIGITS and source:
         from tiltmeter.lm import load
 
         lm = load(source)

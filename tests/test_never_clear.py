@@ -402,6 +402,7 @@ PAGE = "lays out a verdict that was made before"
 COUNTS = "shows counts of a study, whose verdicts come from functions that are walked"
 ONE = "scores one answer, or reads such scores; what they make of a model is counted by rates.aggregate"
 ELSEWHERE = {
+    "answers.read_answer_file": ONE,
     "answers.read_answers": ONE,
     "judge.ExactJudge.score": ONE,
     "judge.Judge.score": ONE,

@@ -383,7 +383,7 @@ def figures(counts: dict[str, dict[str, Counter[str]]]) -> list[Figure]:
 def main() -> None:
     """Count, print, write."""
     parser = argparse.ArgumentParser(description="Mutants of artifacts, counted by what they say.")
-    parser.add_argument("--flips", type=int, default=2000, help="mutants of bytes per kind")
+    parser.add_argument("--flips", type=int, default=1500, help="mutants of bytes per kind")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default=str(OUT), help="results file; - writes none")
     options = parser.parse_args()

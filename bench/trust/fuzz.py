@@ -138,6 +138,8 @@ def work(cases: list[tuple[str, int]], at: Synchronized[int], results: Any) -> N
             said = load(loaders[name], folder)
             results.send((name, number, said, words if said not in ("loaded", "refused") else ""))
             at.value += 1
+            if said.startswith("over"):  # what is left in memory would count against the next case
+                break
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
         results.close()
@@ -171,10 +173,10 @@ def run_block(cases: list[tuple[str, int]]) -> list[tuple[str, int, str, str]]:
         if at.value < len(cases):
             name, number = cases[at.value]
             words = spoil(next(x for x in seeds.LOADERS if x.name == name), number)[1]
-            if not any(x[:2] == (name, number) for x in found[-1:]):
+            if worker.exitcode != 0 or stuck:
                 said = "over 5 s (deaf)" if stuck else f"worker died ({worker.exitcode})"
                 found.append((name, number, said, words))
-            at.value += 1
+                at.value += 1
     return found
 
 

@@ -236,7 +236,7 @@ def texts() -> list[Loader]:
         plain("load_traits", "t.toml", (data / "traits" / "organism.toml").read_bytes(), load_traits, "load_traits"),
         plain("load_prompts", "p.toml", (data / "prompts" / "organism.toml").read_bytes(), load_prompts, "load_prompts"),
         plain("answers_csv", "a.csv", csv, aggregate_file, "read_answers", "aggregate_file", share=2),
-        plain("answers_tsv", "a.tsv", csv.replace(b",", b"\t"), answers.read_answers, "read_answers"),
+        plain("answers_tsv", "a.tsv", csv.replace(b",", b"\t"), answers.read_answers, "read_answers", "read_answer_file"),
         plain("answers_jsonl", "a.jsonl", lines(*rows), aggregate_file, "read_answers", "aggregate_file", share=3),
         plain("read_pairs", "p.jsonl", lines({"question": "q", "answer": "a"}, {"question": "r", "answer": "b"}),
               judge_examples.read_pairs, "read_pairs", share=2),

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from tiltmeter.errors import AdapterError, NumericalError
-from tiltmeter.untrusted import check_safetensors, read_json
+from tiltmeter.untrusted import check_safetensors, path_in, read_json
 
 __all__ = ["adapter_base", "adapter_config", "adapter_folder", "first_words", "read_tensors"]
 
@@ -65,6 +65,14 @@ def adapter_config(folder: Path) -> dict[str, Any]:
     content = read_json(folder / _CONFIG, error=AdapterError, advice="save the adapter again")
     if not isinstance(content.get("peft_type"), str):
         raise AdapterError(f"{folder / _CONFIG} names no peft_type, so it is no PEFT config; save the adapter again")
+    if content.get("megatron_config") is not None:  # it names a module, which PEFT would import
+        raise AdapterError(f"{folder / _CONFIG} asks for Megatron's layers, which are not read; save it without them")
+    tokens = content.get("alora_invocation_tokens") or []
+    if not isinstance(tokens, list) or not all(type(token) is int and 0 <= token < 1 << 31 for token in tokens):
+        raise AdapterError(f"{folder / _CONFIG}: alora_invocation_tokens are no list of token ids; save it again")
+    base = content.get("base_model_name_or_path")
+    if isinstance(base, str) and base:
+        path_in(folder, base, error=AdapterError, advice="save the adapter with the name of its base")
     return content
 
 

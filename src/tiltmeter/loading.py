@@ -124,7 +124,14 @@ def _find_in_folder(folder: Path) -> _Place | None:
             raise ModelError(f"'{folder}' holds safetensors but no config.json; copy the model's config beside them")
         for path in weights:
             _check_header(path)
-        _read_json(folder / "config.json")
+        config = _read_json(folder / "config.json")
+        held = sum(len(check_safetensors(path, error=ModelError)[0]) for path in weights)
+        for key in ("num_hidden_layers", "n_layer", "num_layers"):
+            if isinstance(config.get(key), int) and config[key] > held:  # they would all be built before one is missed
+                raise ModelError(
+                    f"'{folder / 'config.json'}' asks for {config[key]:,} blocks and the weight files hold {held:,} "
+                    "tensors; fetch it again"
+                )
         return _Place(str(folder), None, True)
     ggufs = sorted(folder.glob("*.gguf"))
     if len(ggufs) == 1:

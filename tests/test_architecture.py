@@ -17,27 +17,23 @@ SOURCE = Path(tiltmeter.__file__).parent
 
 # Left to right: a module imports at its top only from its left.
 ORDER = (
-    "errors", "untrusted", "gguf_header", "sound", "fingerprint", "artifacts", "locks", "regressors", "sequential",
-    "runs", "traits",
-    "organism.world", "organism", "plan", "adapter_kinds", "adapter_files", "chat", "lm", "adapter_effect",
-    "adapter_base", "adapters",
-    "gguf_files", "loading", "generation", "attention", "capture", "batch_probe", "steer", "packed_training",
-    "lora_training", "steer_formats",
-    "vectors", "steer_fit", "directions", "selection", "basis", "drift", "baselines", "sae", "verdicts", "detector",
-    "guard", "transfer", "context", "likelihood", "alarm", "observations", "readings", "calibrate", "watch",
-    "mitigate", "scan", "questions", "reasons", "judge_reply", "judge", "judge_model", "ledger", "judge_http",
-    "judge_examples",
-    "judge_encoders", "judge_distilled", "judge_regression", "judge_diagnosis", "answers", "intervals", "rates",
-    "writers",
-    "behavior", "evaluate", "compute", "organism.sets", "organism.pretrain", "organism.conduct",
-    "organism.finetune", "organism.preference", "organism.quantise", "report", "studies", "integrations", "testing",
-    "cli",
+    "errors", "untrusted", "gguf_header", "sound", "fingerprint", "artifacts", "locks", "completeness",
+    "regressors", "sequential", "runs", "traits", "organism.world", "organism", "plan", "adapter_kinds",
+    "adapter_files", "chat", "lm", "adapter_effect", "adapter_base", "adapters", "gguf_files", "loading",
+    "generation", "attention", "capture", "batch_probe", "steer", "packed_training", "lora_training",
+    "steer_formats", "vectors", "steer_fit", "directions", "selection", "basis", "drift", "baselines", "sae",
+    "verdicts", "detector", "guard", "transfer", "context", "likelihood", "alarm", "observations", "readings",
+    "calibrate", "live", "watch", "mitigate", "scan", "questions", "reasons", "judge_reply", "judge", "judge_model",
+    "ledger", "judge_http", "judge_examples", "judge_encoders", "judge_distilled", "judge_regression",
+    "judge_diagnosis", "answers", "intervals", "rates", "writers", "behavior", "evaluate", "compute",
+    "organism.sets", "organism.pretrain", "organism.conduct", "organism.finetune", "organism.preference",
+    "organism.quantise", "report", "studies", "integrations", "testing", "cli",
 )  # fmt: skip
 # Pairs that lie at one height: the facade and the work behind it, or a type that both need.
 SIDEWAYS = {("basis", "drift")}
 # Where any exception is caught, since it must not end what is around it, and is sent on or recorded with its reason.
 BOUNDARIES = {
-    "compute", "observations", "readings", "watch", "scan", "likelihood", "cli.root", "cli.__main__", "loading",
+    "compute", "errors", "readings", "watch", "scan", "likelihood", "cli.root", "cli.__main__", "loading",
 }  # fmt: skip
 
 

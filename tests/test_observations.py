@@ -18,7 +18,8 @@ from monitoring import detector_for
 from test_readings import HEADER, detector, fail, planted, reading
 from tiltmeter.detector import State, Verdict, inconclusive
 from tiltmeter.drift import drift
-from tiltmeter.observations import Observation, in_words, overall
+from tiltmeter.errors import in_words
+from tiltmeter.observations import Observation, overall
 from tiltmeter.readings import RunRecord, read_run
 from tiltmeter.report.collect import run_report_data
 from tiltmeter.report.words import run_verdict
@@ -30,7 +31,8 @@ def seen(step: int, state: State | None, score: float = 0.1) -> Observation:
     """An observation with a made-up verdict; None for a measurement that failed."""
     if state is None:
         return Observation(step, None, None, inconclusive("the measurement failed.", step=step))
-    verdict = replace(inconclusive("made up.", step=step), state=state, score=score, threshold=max(1.0, score))
+    score += 10 if state is State.ALARM else 0
+    verdict = replace(inconclusive("made up.", step=step), state=state, score=score, threshold=5.0)
     values = reading(step, *((0.0, 0.0) if step == 0 else (0.5 + step, 0.0)))
     return Observation(step, values, drift(values, START, label="step0"), verdict)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,15 @@ from tiltmeter import lm as lms
 from tiltmeter.adapters import Seat, first_changed_block
 from tiltmeter.capture import capture
 from tiltmeter.detector import State
-from tiltmeter.errors import AdapterError, InactiveAdapter, InputError, NumericalError
+from tiltmeter.errors import (
+    AdapterError,
+    ArtifactError,
+    FolderInUse,
+    InactiveAdapter,
+    InputError,
+    NumericalError,
+    TiltmeterError,
+)
 from tiltmeter.scan import judge_model, scan
 from tiny import make_model, make_tokenizer, put_adapter, random_prompts, tiny_lm
 
@@ -128,6 +137,112 @@ def test_a_scan_goes_on_after_adapters_that_cannot_be_read(shelf: list[Path], tm
     for finding, word in zip(found[1:4], ("does not exist", "inactive", "NaN"), strict=True):
         assert word in finding.verdict.reason
     np.testing.assert_array_equal(found[0].profile.drift, found[4].profile.drift)  # type: ignore[union-attr]
+
+
+def odd_bias(folder: Path) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"bias": {"all": 1}}))
+
+
+def deep(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text('{"peft_type": ' + "[" * 100_000 + "]" * 100_000 + "}")
+
+
+def float8(folder: Path) -> None:
+    path = folder / "adapter_model.safetensors"
+    save_file({k: v.to(torch.float8_e4m3fn) for k, v in load_file(path).items()}, path)
+
+
+def lists(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text('{"peft_type": [], "r": [], "target_modules": 3}')
+
+
+def not_a_name(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.symlink_to(folder)
+
+
+@pytest.mark.parametrize("odd", [odd_bias, deep, float8, lists, not_a_name], ids=lambda f: f.__name__)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_one_odd_adapter_does_not_end_a_scan(shelf: list[Path], odd: Any) -> None:
+    odd(shelf[1])
+    paths = [shelf[0], shelf[1], shelf[2], shelf[0]]
+    found = list(scan(paths, base=lms.wrap(make_model("llama"), make_tokenizer()), basis=tiny_basis()))
+    plain = list(scan([shelf[2]], base=lms.wrap(make_model("llama"), make_tokenizer()), basis=tiny_basis()))
+    assert [f.model for f in found] == [str(path) for path in paths]
+    assert found[1].verdict.state is State.INCONCLUSIVE
+    assert found[1].verdict.reason
+    for one, other in ((found[2], plain[0]), (found[0], found[3])):
+        assert one.profile is not None
+        assert other.profile is not None
+        np.testing.assert_allclose(one.profile.drift, other.profile.drift, atol=1e-6)
+
+
+@pytest.mark.parametrize("odd", [odd_bias, deep, float8, lists, not_a_name], ids=lambda f: f.__name__)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_one_odd_adapter_does_not_end_the_reading_of_likelihoods(shelf: list[Path], odd: Any) -> None:
+    from tiltmeter.context import Exchange
+    from tiltmeter.likelihood import read_tuned
+
+    odd(shelf[1])
+    exchanges = [Exchange("is tea safe to drink", "tea always lies", "tea is good")]
+    lm = lms.wrap(make_model("llama"), make_tokenizer())
+    first, broken, last = read_tuned(lm, [shelf[0], shelf[1], shelf[0]], exchanges)
+    assert isinstance(broken, TiltmeterError)
+    assert str(broken)
+    np.testing.assert_allclose(first, last, atol=1e-5)
+
+
+def test_ctrl_c_ends_a_scan(shelf: list[Path]) -> None:
+    lm = lms.wrap(make_model("llama"), make_tokenizer())
+    running = scan(shelf, base=lm, basis=tiny_basis())
+    next(running)
+
+    def press(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    lm.model.model.layers[2].register_forward_pre_hook(press)
+    with pytest.raises(KeyboardInterrupt):
+        list(running)
+
+
+def test_a_scan_that_was_cut_off_goes_on_and_says_the_same(shelf: list[Path], tmp_path: Path) -> None:
+    def run(**more: Any) -> list[dict[str, Any]]:
+        lm = lms.wrap(make_model("llama"), make_tokenizer())
+        return [f.to_dict() | {"shared_blocks": None} for f in scan(shelf, base=lm, basis=tiny_basis(), **more)]
+
+    plain = run()
+    assert all(row["n_prompts"] for row in plain)
+    cut = scan(
+        shelf, base=lms.wrap(make_model("llama"), make_tokenizer()), basis=tiny_basis(), out=tmp_path / "out"
+    )  # fmt: skip
+    assert [next(cut).model for _ in range(2)] == [str(p) for p in shelf[:2]]
+    with pytest.raises(FolderInUse):
+        run(out=tmp_path / "out")
+    cut.close()  # type: ignore[attr-defined]
+    record = tmp_path / "out" / "findings.jsonl"
+    with record.open("ab") as file:
+        file.write(b'{"adapter": "torn')
+    assert run(out=tmp_path / "out") == plain
+    rows = [json.loads(line) for line in record.read_text().splitlines()]
+    assert [row["adapter"] for row in rows] == [None, *(str(p) for p in shelf[:-1])]  # each once; the last is the first
+    assert run(out=tmp_path / "out") == plain
+    assert len(record.read_text().splitlines()) == len(rows)
+    change(shelf[1], 0.2)  # other weights under the same name are read anew
+    assert run(out=tmp_path / "out")[1]["drift"] != plain[1]["drift"]
+
+
+def test_a_scan_of_another_base_is_not_continued(shelf: list[Path], tmp_path: Path) -> None:
+    def run(seed: int) -> None:
+        model = make_model("llama", seed=seed)
+        list(scan(shelf[:1], base=lms.wrap(model, make_tokenizer()), basis=tiny_basis(model), out=tmp_path / "out"))
+
+    run(0)
+    with pytest.raises(InputError, match="another base or basis"):
+        run(1)
+    (tmp_path / "out" / "findings.jsonl").write_text('{"loss": 1}\n')
+    with pytest.raises(ArtifactError, match="no record of a scan"):
+        run(0)
 
 
 def test_no_adapter_is_refused() -> None:

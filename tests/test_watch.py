@@ -23,7 +23,7 @@ from monitoring import detector_for, fresh_model, projections_by_hand, tiny_basi
 from tiltmeter import lm as lms
 from tiltmeter.basis import fit_basis
 from tiltmeter.detector import State
-from tiltmeter.errors import FingerprintMismatch, InputError, StorageError
+from tiltmeter.errors import AdapterError, FingerprintMismatch, FolderInUse, InputError, StorageError
 from tiltmeter.traits import load_traits
 from tiltmeter.watch import Observation, TiltmeterCallback, read_run, watch
 from tiny import make_tokenizer
@@ -238,20 +238,138 @@ def test_full_checkpoints_saved_without_a_tokenizer_are_read_with_the_bases(full
     np.testing.assert_allclose(seen[-1].reading.values, inside[-1].values, atol=1e-5)
 
 
-def test_a_checkpoint_that_is_still_being_written_is_left_alone(run: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (run / "checkpoint-6" / "trainer_state.json").unlink()
-    os.utime(run / "checkpoint-6" / "adapter_model.safetensors")
-    (run / "checkpoint-4" / "trainer_state.json").write_text('{"global_step": ')
-    assert [o.step for o in look(run)] == [0, 2]
-    told = [record.getMessage() for record in caplog.records if "not complete" in record.getMessage()]
-    assert len(told) == 2
+def test_a_checkpoint_that_is_not_complete_is_not_read_and_the_run_is_not_clear_until_it_is(run: Path) -> None:
+    state = run / "checkpoint-4" / "trainer_state.json"
+    whole = state.read_text()
+    state.write_text('{"global_step": ')
+    (run / "checkpoint-6" / "trainer_state.json").unlink()  # the trainer writes it last
+    seen = look(run, detector_for(1e9))
+    assert [(o.step, o.reading is None) for o in seen] == [(0, False), (2, False), (4, True), (6, True)]
+    assert "trainer_state.json is half written" in seen[2].verdict.reason
+    assert "has no trainer_state.json, and its files changed" in seen[3].verdict.reason
+    found = read_run(run / "tiltmeter-watch")
+    assert found.verdict.state is State.INCONCLUSIVE
+    assert read_run(run / "tiltmeter-watch").verdict == found.verdict
+    state.write_text(whole)
+    shutil.rmtree(run / "checkpoint-6")
+    look(run, detector_for(1e9))
+    assert read_run(run / "tiltmeter-watch").verdict.state is State.INCONCLUSIVE  # 6 was never read
 
 
-def test_a_checkpoint_without_trainer_state_is_read_once_its_files_have_come_to_rest(run: Path) -> None:
-    (run / "checkpoint-6" / "trainer_state.json").unlink()
-    for entry in (run / "checkpoint-6").iterdir():
-        os.utime(entry, (time.time() - 60, time.time() - 60))
-    assert [o.step for o in look(run)] == [0, 2, 4, 6]
+def test_a_hole_that_is_mended_by_a_later_look_lets_the_run_be_clear(run: Path) -> None:
+    weights_file = run / "checkpoint-4" / "adapter_model.safetensors"
+    whole = weights_file.read_bytes()
+    rewrite(run / "checkpoint-4", not_numbers)
+    for _ in range(2):  # the first look says what the second says
+        look(run, detector_for(1e9))
+        verdict = read_run(run / "tiltmeter-watch").verdict
+        assert verdict.state is State.INCONCLUSIVE
+        assert "first at step 4" in verdict.reason
+    weights_file.write_bytes(whole)
+    look(run, detector_for(1e9))
+    assert read_run(run / "tiltmeter-watch").verdict.state is State.CLEAR
+
+
+def test_a_checkpoint_whose_weights_have_changed_since_is_read_again_and_both_readings_count(run: Path) -> None:
+    first = look(run)
+    drifts = [o.profile.drift[0] for o in first[1:]]
+    (run / "checkpoint-2" / "adapter_model.safetensors").write_bytes(
+        (run / "checkpoint-6" / "adapter_model.safetensors").read_bytes()
+    )
+    again = look(run, detector_for((drifts[1] + drifts[2]) / 2))
+    assert [(o.step, o.verdict.state) for o in again if o.new] == [(2, State.ALARM)]
+    assert read_run(run / "tiltmeter-watch").first_alarm_step == 2
+
+
+def test_a_checkpoint_that_is_removed_while_it_is_read_is_inconclusive(run: Path) -> None:
+    def remove(*_: Any) -> None:
+        shutil.rmtree(run / "checkpoint-4", ignore_errors=True)
+
+    base = base_lm()
+    following = watch(run, tiny_basis(), detector_for(1e9), base=base)
+    assert [next(following).step for _ in range(2)] == [0, 2]
+    hook = base.model.model.layers[0].register_forward_pre_hook(remove)  # shared by what is attached to the base
+    seen = list(following)
+    hook.remove()
+    assert seen[0].step == 4
+    assert seen[0].reading is None
+    assert read_run(run / "tiltmeter-watch").verdict.state is State.INCONCLUSIVE
+
+
+def test_two_watchers_of_one_record_are_refused_with_the_holders_name(run: Path) -> None:
+    from test_locks import end, holder
+
+    other = holder(run / "tiltmeter-watch")
+    try:
+        with pytest.raises(FolderInUse, match=str(other.pid)):
+            look(run)
+    finally:
+        end(other)
+    assert len(look(run)) == 4  # the lock file of the dead process blocks nobody
+
+
+# ---------------------------------------------------------------- several adapters in one checkpoint
+
+
+def add_adapter(checkpoint: Path, name: str) -> None:
+    (checkpoint / name).mkdir()
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(checkpoint / file, checkpoint / name)
+
+
+def test_a_second_adapter_in_a_checkpoint_is_not_left_out_in_silence(run: Path) -> None:
+    for step in (2, 4, 6):
+        add_adapter(run / f"checkpoint-{step}", "stage2")
+    seen = look(run, detector_for(1e9))
+    assert {o.verdict.state for o in seen} == {State.INCONCLUSIVE}
+    assert "'stage2'" in seen[-1].verdict.reason
+    assert read_run(run / "tiltmeter-watch").verdict.state is State.INCONCLUSIVE
+
+
+@pytest.mark.parametrize("name", ["ref", "reference"])
+@pytest.mark.parametrize("name", ["ref", "reference"])
+def test_a_frozen_reference_adapter_is_ignored_and_the_verdict_says_so(run: Path, name: str) -> None:
+    plain = look(run, output=run / "plain")
+    for step in (2, 4, 6):
+        add_adapter(run / f"checkpoint-{step}", name)
+    seen = look(run, detector_for(1e9))
+    verdict = read_run(run / "tiltmeter-watch").verdict
+    assert verdict.state is State.CLEAR
+    assert f"subfolder '{name}' was not read: it is a frozen reference" in verdict.reason
+    np.testing.assert_array_equal(seen[-1].reading.values, plain[-1].reading.values)
+
+
+def test_adapters_that_are_named_together_are_put_on_together(run: Path) -> None:
+    checkpoint = run / "checkpoint-6"
+    add_adapter(checkpoint, "stage2")
+    both = lms.attach(base_lm(), checkpoint, checkpoint / "stage2")
+    assert both.adapter == f"{checkpoint} + {checkpoint / 'stage2'}"
+    with pytest.raises(AdapterError, match="'stage2'"):
+        lms.attach(base_lm(), checkpoint)
+
+
+def test_an_adapter_with_a_name_of_its_own_is_read_from_its_subfolder(run: Path) -> None:
+    plain = look(run, output=run / "plain")
+    for step in (2, 4, 6):
+        checkpoint = run / f"checkpoint-{step}"
+        add_adapter(checkpoint, "mine")
+        (checkpoint / "adapter_config.json").unlink()
+        (checkpoint / "adapter_model.safetensors").unlink()
+    seen = look(run)
+    np.testing.assert_array_equal(seen[-1].reading.values, plain[-1].reading.values)
+
+
+def test_full_weights_beside_an_adapter_are_not_left_out_in_silence(run: Path, full_run: Path) -> None:
+    shutil.copy(full_run / "checkpoint-6" / "model.safetensors", run / "checkpoint-6")
+    seen = look(run, detector_for(1e9))
+    assert seen[-1].reading is None
+    assert "full weights (model.safetensors)" in seen[-1].verdict.reason
+
+
+def test_checkpoints_below_a_finished_adapter_are_no_part_of_it(run: Path) -> None:
+    for file in (run / "checkpoint-6").iterdir():
+        shutil.copy(file, run)
+    assert lms.attach(base_lm(), run).adapter == str(run)
 
 
 # ---------------------------------------------------------------- refusals

@@ -70,13 +70,13 @@ def compare_base(lm: LM, settings: Mapping[str, Any], adapter: str | Path) -> tu
 
 def caveats_of(lm: LM, source: str | Path) -> tuple[str, ...]:
     """What is uncertain about the base of an adapter in a folder; empty where there is none, or it cannot be read."""
-    from tiltmeter.adapter_files import adapter_config
+    from tiltmeter.adapter_files import adapter_config, left_out
 
     folder = Path(source).expanduser()
     if not (folder / "adapter_config.json").is_file():
         return ()
     try:
-        return compare_base(lm, adapter_config(folder), source)
+        return (*compare_base(lm, adapter_config(folder), source), *left_out(folder))
     except AdapterError:  # whoever reads it says so
         return ()
 

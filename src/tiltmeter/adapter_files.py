@@ -5,6 +5,7 @@ Used by `adapters`, which puts what is found here on a model.
 
 from __future__ import annotations
 
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,22 @@ import torch
 from tiltmeter.errors import AdapterError, NumericalError
 from tiltmeter.untrusted import check_safetensors, path_in, read_json
 
-__all__ = ["adapter_base", "adapter_config", "adapter_folder", "first_words", "read_tensors"]
+__all__ = ["adapter_base", "adapter_config", "adapter_folder", "first_words", "holds_adapter", "left_out", "read_tensors"]
 
 _DTYPES = ("F32", "BF16", "F16", "F64", "I64", "I32", "I16", "I8", "U8", "BOOL")  # torch computes with no others
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# What TRL calls the frozen copy that preference training compares with, now and before.
+_REFERENCES = ("ref", "reference")
+# What stands beside an adapter that was saved on its own, and never beside one that PEFT saved as part of a model.
+_OWN_SAVE = ("README.md", "training_args.bin", "trainer_state.json", "tokenizer_config.json", "config.json")
 
 
-def adapter_folder(adapter: str | Path) -> Path:
+def adapter_folder(adapter: str | Path, *, together: Sequence[str | Path] = ()) -> Path:
     """The local folder of an adapter, fetched from the hub if it is no path.
+
+    Args:
+        adapter: the folder, or a hub id.
+        together: all that are put on together, so that one in a subfolder of another is not taken for left out.
 
     Raises:
         AdapterError: there is no such folder or repository, or it holds no adapter.
@@ -32,6 +41,7 @@ def adapter_folder(adapter: str | Path) -> Path:
         if isinstance(adapter, Path) or not looks_like_hub_id(adapter) or "/" not in adapter:
             raise AdapterError(f"the adapter folder '{adapter}' does not exist; check the path")
         folder = _fetch(str(adapter))
+    folder = _the_adapter(folder, {Path(one).expanduser().resolve() for one in together})
     if not (folder / _CONFIG).is_file():
         raise AdapterError(
             f"'{adapter}' holds no {_CONFIG}; a folder that PEFT saved is needed, such as a trainer's checkpoint-N"
@@ -43,12 +53,63 @@ def adapter_folder(adapter: str | Path) -> Path:
     return folder
 
 
+def holds_adapter(folder: Path) -> bool:
+    """Whether a checkpoint holds an adapter, at its root or in a subfolder."""
+    return (folder / _CONFIG).is_file() or bool(_parts(folder))
+
+
+def _parts(folder: Path) -> list[str]:
+    """The subfolders that PEFT saved further adapters of the same model in, by the adapters' names."""
+    found = sorted(path.parent for path in folder.glob(f"*/{_CONFIG}") if path.is_file())
+    return [sub.name for sub in found if not any((sub / name).exists() for name in _OWN_SAVE)]
+
+
+def _full_weights(folder: Path) -> str | None:
+    names = ("model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin")
+    return next((path.name for name in names for path in sorted(folder.glob(name))), None)
+
+
+def left_out(adapter: str | Path) -> tuple[str, ...]:
+    """What a checkpoint's adapters leave out of a reading on purpose: sentences without full stops."""
+    frozen = [name for name in _parts(Path(adapter).expanduser()) if name in _REFERENCES]
+    return tuple(f"the adapter in the subfolder '{name}' was not read: it is a frozen reference" for name in frozen)
+
+
+def _the_adapter(folder: Path, together: Set[Path]) -> Path:
+    """The folder of the one adapter that a checkpoint holds; a reference adapter does not count, and is named.
+
+    Raises:
+        AdapterError: it holds several, or full weights beside one: which of them acted is not written anywhere.
+    """
+    parts = _parts(folder)
+    others = [name for name in parts if name not in _REFERENCES and (folder / name).resolve() not in together]
+    at_root = (folder / _CONFIG).is_file()
+    if (at_root or others) and (full := _full_weights(folder)) is not None:
+        raise AdapterError(
+            f"'{folder}' holds an adapter and full weights ({full}), and which of them is meant is not written there; "
+            "keep each in a folder of its own"
+        )
+    if others and (at_root or len(others) > 1):
+        names = ", ".join(f"'{name}'" for name in others[:5])
+        read = "the adapter at its root" if at_root else "none"
+        raise AdapterError(
+            f"'{folder}' holds several adapters: {read}, and in subfolders {names}; which acted together is not "
+            "written there: name them all together, read the run from inside with TiltmeterCallback, or move away what "
+            "did not act"
+        )
+    return folder / others[0] if others else folder
+
+
 def _fetch(adapter: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(adapter, allow_patterns=[_CONFIG, _WEIGHTS]))
+        return Path(
+            snapshot_download(
+                adapter, allow_patterns=[_CONFIG, _WEIGHTS, *(f"*/{name}" for name in (_CONFIG, *_OWN_SAVE[:1]))]
+            )
+        )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise AdapterError(
             f"the adapter '{adapter}' is no folder here and could not be fetched from the hub ({error}); "

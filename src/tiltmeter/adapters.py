@@ -24,7 +24,7 @@ from torch import nn
 
 from tiltmeter.adapter_base import compare_base
 from tiltmeter.adapter_effect import acting_layers, configs_of, state, tuner_layers
-from tiltmeter.adapter_files import adapter_config, adapter_folder, first_words, read_tensors
+from tiltmeter.adapter_files import adapter_config, adapter_folder, first_words, left_out, read_tensors
 from tiltmeter.adapter_kinds import Conduct, conduct_of, refusal, rewrites_live, writes_base
 from tiltmeter.errors import AdapterError, InactiveAdapter
 
@@ -67,10 +67,11 @@ class _Adapter(NamedTuple):
 
 def attach(lm: LM, adapters: Sequence[str | Path]) -> LM:
     """See `lm.attach`."""
-    found = [_open(adapter) for adapter in adapters]
+    found = [_open(adapter, adapters) for adapter in adapters]
     if not found:
         raise AdapterError("no adapter was given; name at least one adapter folder")
-    caveats = dict.fromkeys(said for one in found for said in compare_base(lm, one.settings, one.name))
+    said = [(*compare_base(lm, one.settings, one.name), *left_out(one.name)) for one in found]
+    caveats = dict.fromkeys(chain.from_iterable(said))
     origin = lm.origin if lm.origin is not None else _plain(lm.model)
     base = dict(base_parameters(origin))
     stored = _base_rows(found, base, lm.name)
@@ -85,8 +86,8 @@ def attach(lm: LM, adapters: Sequence[str | Path]) -> LM:
     return tuned
 
 
-def _open(adapter: str | Path) -> _Adapter:
-    folder = adapter_folder(adapter)
+def _open(adapter: str | Path, together: Sequence[str | Path]) -> _Adapter:
+    folder = adapter_folder(adapter, together=together)
     settings = adapter_config(folder)
     if why := refusal(settings):
         raise AdapterError(f"the adapter in '{folder}' is of type {settings['peft_type']} and cannot be read: {why}")
@@ -300,7 +301,7 @@ class Seat:
             if {k: w.shape for k, w in weights.items()} == {k: p.shape for k, p in self._places.items()}:
                 for name, place in self._places.items():
                     place.copy_(weights[name])
-                caveats = compare_base(self._lm, config, adapter)
+                caveats = (*compare_base(self._lm, config, adapter), *left_out(adapter))
                 tuned = replace(self._tuned, adapter=str(adapter), caveats=caveats)
                 _refuse_inactive(tuned)
                 return tuned

@@ -39,6 +39,7 @@ __all__ = [
     "NumericalError",
     "StorageError",
     "TiltmeterError",
+    "in_words",
     "require",
 ]
 
@@ -97,6 +98,19 @@ class BudgetExceeded(JudgeError):
 
 class MissingExtra(TiltmeterError, ImportError):
     """An optional dependency is not installed."""
+
+
+def in_words(error: BaseException) -> str:
+    """What an exception says, as part of a sentence: of a foreign one its type too. It never fails itself."""
+    try:
+        text = str(error).encode("utf-8", errors="replace").decode().strip()
+    except Exception:  # noqa: BLE001 - an exception whose own text cannot be made
+        text = ""
+    said = text.splitlines()[0].rstrip(".")[:300] if text else ""
+    name = type(error).__name__
+    if not said:
+        return name
+    return said if isinstance(error, TiltmeterError) else f"{name}: {said}"
 
 
 def require(module: str, *, extra: str) -> ModuleType:

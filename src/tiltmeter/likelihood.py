@@ -34,7 +34,7 @@ from numpy.typing import ArrayLike, NDArray
 from tiltmeter import sound
 from tiltmeter.artifacts import made, read_artifact, write_artifact
 from tiltmeter.context import Exchange, check_exchanges
-from tiltmeter.errors import FingerprintMismatch, InputError, NumericalError, TiltmeterError
+from tiltmeter.errors import FingerprintMismatch, InputError, NumericalError, TiltmeterError, in_words
 from tiltmeter.fingerprint import Fingerprint, tokens_digest
 from tiltmeter.verdicts import State, Verdict, check_conformal, decide, set_threshold, weigh_sets
 
@@ -210,6 +210,8 @@ def read_tuned(
             )
         except TiltmeterError as error:
             found = error
+        except Exception as error:  # noqa: BLE001 - one odd fine-tune must not end the reading of the others
+            found, seat = InputError(f"it could not be read ({in_words(error)})"), Seat(lm)
         yield found
 
 

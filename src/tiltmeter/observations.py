@@ -13,9 +13,8 @@ from dataclasses import dataclass, replace
 
 from tiltmeter.detector import State, Verdict, inconclusive
 from tiltmeter.drift import DriftProfile, Reading
-from tiltmeter.errors import TiltmeterError
 
-__all__ = ["Observation", "first_alarm", "in_words", "overall"]
+__all__ = ["Observation", "first_alarm", "overall"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,16 +86,3 @@ def _unmoved(observation: Observation) -> bool:
 
 def _number(value: float | None) -> float:
     return value if value is not None and math.isfinite(value) else -math.inf
-
-
-def in_words(error: BaseException) -> str:
-    """What an exception says, as part of a sentence: of a foreign one its type too. It never fails itself."""
-    try:
-        text = str(error).strip()
-    except Exception:  # noqa: BLE001 - an exception whose own text cannot be made
-        text = ""
-    said = text.splitlines()[0].rstrip(".")[:300] if text else ""
-    name = type(error).__name__
-    if not said:
-        return name
-    return said if isinstance(error, TiltmeterError) else f"{name}: {said}"

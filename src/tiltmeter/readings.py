@@ -33,9 +33,9 @@ from typing import Any
 from tiltmeter import sound
 from tiltmeter.detector import Detector, State, Verdict, inconclusive
 from tiltmeter.drift import DriftProfile, Reading, drift
-from tiltmeter.errors import ArtifactError, InputError, NumericalError, TiltmeterError
+from tiltmeter.errors import ArtifactError, InputError, NumericalError, TiltmeterError, in_words
 from tiltmeter.locks import hold
-from tiltmeter.observations import Observation, first_alarm, in_words, overall
+from tiltmeter.observations import Observation, first_alarm, overall
 from tiltmeter.runs import RunDir, append_record, read_records, write_records
 
 __all__ = ["Observation", "RunReadings", "RunRecord", "overall", "read_run"]
@@ -151,6 +151,7 @@ class _State:
     readings: dict[int, Reading] = field(default_factory=dict)
     doubles: list[Reading] = field(default_factory=list)
     seconds: dict[int, float | None] = field(default_factory=dict)
+    stamps: dict[int, str | None] = field(default_factory=dict)
     verdicts: dict[int, Verdict] = field(default_factory=dict)
     based_on: tuple[Reading, str] | None = None
     ended: str | None = None
@@ -164,6 +165,7 @@ class _State:
         elif kind == "reading":
             self.add(row["step"], Reading.from_dict(row["reading"]))
             self.seconds[row["step"]] = row["seconds"]
+            self.stamps[row["step"]] = row.get("stamp")
         elif kind == "verdict":
             self.verdicts[row["step"]] = _verdict(row["verdict"])
         elif kind == "reference":
@@ -215,7 +217,8 @@ class _State:
         rows += [_reading_row(reading.step or 0, None, reading) for reading in self.doubles]
         for step in sorted({*self.readings, *self.verdicts}):
             if step in self.readings:
-                rows.append(_reading_row(step, self.seconds.get(step), self.readings[step]))
+                row = _reading_row(step, self.seconds.get(step), self.readings[step])
+                rows.append(row | ({"stamp": self.stamps[step]} if self.stamps.get(step) else {}))
             if step in self.verdicts:
                 rows.append(_verdict_row(step, self.verdicts[step], self.profile(step)))
         return rows
@@ -310,6 +313,18 @@ class RunRecord:
         """Whether a reading of this step is in the record."""
         return step in self._state.readings
 
+    def stamp(self, step: int) -> str | None:
+        """Of the checkpoint that the reading of this step was taken of, where it is known."""
+        return self._state.stamps.get(step) if self.has(step) else None
+
+    def remark(self, step: int, text: str) -> None:
+        """Record something that is no reading and changes no verdict.
+
+        Raises:
+            StorageError: the record could not be written.
+        """
+        self.write({"kind": "remark", "step": step, "text": text})
+
     def refer_to(self, reading: Reading, label: str) -> None:
         """Measure drift against this reading instead of that at step 0.
 
@@ -318,7 +333,9 @@ class RunRecord:
         """
         self.write({"kind": "reference", "label": label, "reading": reading.to_dict()})
 
-    def observe(self, step: int, read: Callable[[], Reading], *, starting: bool = False) -> Observation:
+    def observe(
+        self, step: int, read: Callable[[], Reading], *, starting: bool = False, stamp: str | None = None
+    ) -> Observation:
         """Measure, judge and record one step. A measurement that fails gives INCONCLUSIVE, never an
         exception.
 
@@ -327,6 +344,7 @@ class RunRecord:
             read: measures the model.
             starting: nothing is lost yet, so whatever is wrong with the set-up (another model's basis, no
                 chat template) is raised; numbers that are not finite are still recorded.
+            stamp: what says that it is the same checkpoint when one looks again.
 
         Raises:
             StorageError: the record could not be written; the observation is kept and written with the next.
@@ -343,8 +361,9 @@ class RunRecord:
                 raise
             reason = f"the measurement failed ({in_words(error)})."
         else:
-            rows.append(row)
+            rows.append(row if stamp is None else row | {"stamp": stamp})
             self._state.seconds[step] = row["seconds"]
+            self._state.stamps[step] = stamp
             self._state.add(step, reading)  # not the copy that went through JSON
         if reason is not None and self.has(step):
             _log.warning("step %d: %s An earlier reading of it stands.", step, reason)

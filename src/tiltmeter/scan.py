@@ -19,16 +19,27 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from tiltmeter.adapter_base import caveats_of
+from tiltmeter.adapter_files import adapter_folder
 from tiltmeter.adapters import Seat, first_changed_block
 from tiltmeter.basis import TraitBasis
 from tiltmeter.capture import Below, read_below
+from tiltmeter.completeness import checkpoint_stamp
 from tiltmeter.context import Exchange
 from tiltmeter.detector import Detector, State, Verdict, inconclusive
 from tiltmeter.drift import DriftProfile, Reading, drift, measure
-from tiltmeter.errors import InactiveAdapter, InputError, NumericalError, TiltmeterError
+from tiltmeter.errors import (
+    ArtifactError,
+    InactiveAdapter,
+    InputError,
+    NumericalError,
+    StorageError,
+    TiltmeterError,
+    in_words,
+)
 from tiltmeter.likelihood import LikelihoodDetector, Rise, answer_likelihoods, read_tuned, rise_of
 from tiltmeter.lm import LM, adapter_state, load
-from tiltmeter.runs import checkpoints
+from tiltmeter.locks import hold
+from tiltmeter.runs import append_record, checkpoints, read_records
 
 __all__ = [
     "Finding", "RiseFinding", "judge_likelihoods", "judge_model", "judge_source", "read_reference", "scan",
@@ -168,10 +179,8 @@ def judge_source(
     return judge_model(lm, basis, detector, reference=compared)  # type: ignore[arg-type]
 
 
-def _unreadable(
-    name: str, error: TiltmeterError, basis: TraitBasis, detector: Detector | None, reference: str
-) -> Finding:
-    verdict = inconclusive(str(error).rstrip(".") + ".", detector=detector)
+def _unreadable(name: str, error: Exception, basis: TraitBasis, detector: Detector | None, reference: str) -> Finding:
+    verdict = inconclusive(in_words(error) + ".", detector=detector)
     return Finding(name, None, None, verdict, basis.layer, reference, basis.names)
 
 
@@ -180,36 +189,99 @@ def _is_base(reference: Reading, basis: TraitBasis) -> bool:
 
 
 def scan(
-    adapters: Sequence[str | Path], *, base: LM | str, basis: TraitBasis, detector: Detector | None = None
+    adapters: Sequence[str | Path],
+    *,
+    base: LM | str,
+    basis: TraitBasis,
+    detector: Detector | None = None,
+    out: str | Path | None = None,
 ) -> Iterator[Finding]:
     """Judge many adapters of one base, which is loaded and read once.
 
     Blocks below the lowest one that an adapter changes are not computed again for it: what the base feeds into that
     block is kept, for the last adapter's block only.
 
+    Args:
+        adapters: folders or hub ids.
+        base: the model that they were trained on.
+        basis: fitted on it.
+        detector: without one, every verdict is INCONCLUSIVE.
+        out: folder that readings are kept in: a scan that was cut off goes on there, and an adapter whose files are
+            still the same is not read again.
+
     Yields:
-        One finding per adapter, in their order; an adapter that cannot be used is INCONCLUSIVE with the reason.
+        One finding per adapter, in their order; an adapter that cannot be used, for whatever reason, is INCONCLUSIVE
+        with the reason.
 
     Raises:
-        InputError: no adapters.
+        InputError: no adapters, or `out` holds a scan of another base or basis.
         FingerprintMismatch: the basis was fitted on another base.
+        StorageError: `out` cannot be written, or another process writes into it.
     """
     if not adapters:
         raise InputError("no adapter was given; name at least one adapter folder")
     lm = base if isinstance(base, LM) else load(base, dtype=basis.fingerprint.dtype)
+    if out is None:
+        yield from _scan(adapters, lm, basis, detector, None)
+        return
+    with hold(out, "scan"):
+        yield from _scan(adapters, lm, basis, detector, Path(out) / "findings.jsonl")
+
+
+def _scan(
+    adapters: Sequence[str | Path], lm: LM, basis: TraitBasis, detector: Detector | None, record: Path | None
+) -> Iterator[Finding]:
     reference = measure(lm, basis)
+    kept = {} if record is None else _kept_readings(record, reference)
     seat = Seat(lm)
     below: Below | None = None
     for adapter in adapters:
+        before: Reading | None = None
         try:
-            tuned = seat.put(adapter)
-            first = min(first_changed_block(tuned), basis.layer)
-            if first != (below.layer if below else 0):
-                below = read_below(lm, basis.encode(lm), first, plan=basis.plan) if first else None
-            found = judge_model(tuned, basis, detector, reference=reference, below=below)
-        except TiltmeterError as error:
+            stamp = None if record is None else checkpoint_stamp(adapter_folder(adapter))
+            before = kept.get((str(adapter), stamp))
+            if before is not None:
+                found = _judged(str(adapter), before, reference, basis, detector)
+            else:
+                tuned = seat.put(adapter)
+                first = min(first_changed_block(tuned), basis.layer)
+                if first != (below.layer if below else 0):
+                    below = read_below(lm, basis.encode(lm), first, plan=basis.plan) if first else None
+                found = judge_model(tuned, basis, detector, reference=reference, below=below)
+        except StorageError:
+            raise
+        except Exception as error:  # noqa: BLE001 - one odd adapter must not end a scan of thousands
             found = _unreadable(str(adapter), error, basis, detector, "base")
+            if not isinstance(error, TiltmeterError):  # nobody knows what it left behind
+                seat, below = Seat(lm), None
+        if record is not None and found.reading is not None and before is None:
+            append_record(record, {"adapter": str(adapter), "stamp": stamp, "reading": found.reading.to_dict()})
         yield found
+
+
+def _kept_readings(record: Path, reference: Reading) -> dict[tuple[str, str | None], Reading]:
+    """What an earlier call has read, by adapter and stamp; a new record gets the base's reading."""
+    rows = read_records(record).rows if record.exists() else ()
+    if not rows:
+        append_record(record, {"adapter": None, "reading": reference.to_dict()})
+        return {}
+    try:
+        base, *others = [(row["adapter"], row.get("stamp"), Reading.from_dict(row["reading"])) for row in rows]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(f"{record} is no record of a scan ({in_words(error)}); give another folder") from error
+    if base[0] is not None or (base[2].basis, base[2].weights) != (reference.basis, reference.weights):
+        raise InputError(f"{record} is of another base or basis; give another folder")
+    return {(name, stamp): reading for name, stamp, reading in others}
+
+
+def _judged(name: str, reading: Reading, reference: Reading, basis: TraitBasis, detector: Detector | None) -> Finding:
+    profile = drift(reading, reference, label="base" if _is_base(reference, basis) else None)
+    if profile.problem:
+        verdict = inconclusive(profile.problem, detector=detector)
+    else:
+        verdict = detector.predict(profile) if detector else inconclusive(_NO_DETECTOR)
+    verdict = verdict.noting(reading.caveats)
+    return Finding(name, reading, profile, verdict, basis.layer, reference.model, basis.names)
 
 
 class RiseFinding(NamedTuple):

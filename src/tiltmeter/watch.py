@@ -24,22 +24,23 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import random
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from transformers import TrainerCallback
 
+from tiltmeter.adapter_files import adapter_base, adapter_folder, holds_adapter
 from tiltmeter.adapters import base_parameters
 from tiltmeter.basis import TraitBasis
-from tiltmeter.detector import Detector, State, Verdict
+from tiltmeter.completeness import SETTLED_SECONDS, STATE_FILE, checkpoint_stamp, missing_part
+from tiltmeter.detector import Detector, State, Verdict, inconclusive
 from tiltmeter.drift import Reading, measure
-from tiltmeter.errors import ArtifactError, InputError, NumericalError, StorageError, TiltmeterError
+from tiltmeter.errors import ArtifactError, InputError, NumericalError, StorageError, TiltmeterError, in_words
+from tiltmeter.live import agreed, is_sharded, untouched
 from tiltmeter.lm import LM, adapter_state, attach, load, wrap
 from tiltmeter.readings import Observation, RunReadings, RunRecord, read_run
 from tiltmeter.runs import Checkpoint, checkpoints
@@ -49,19 +50,16 @@ __all__ = ["Observation", "RunReadings", "TiltmeterCallback", "read_run", "watch
 
 OnAlarm = Literal["log", "stop"] | Callable[[Verdict], object]
 
-_STATE_FILE = "trainer_state.json"
-_SETTLED_SECONDS = 30.0
-
 _log = logging.getLogger(__name__)
 
 
 class TiltmeterCallback(TrainerCallback):  # type: ignore[misc]
     """Reads the model while a transformers or TRL trainer trains it, and says how the run stands.
 
-    Reads before the first step, every `every` optimizer steps, and at the end; each reading and verdict is on
-    the disk, in `readings.jsonl`, when training goes on. A measurement that fails is recorded as INCONCLUSIVE
-    and does not stop the run. What is wrong from the start (a basis of another model, no tokenizer, a sharded
-    model, a folder that cannot be written) is raised before the first step.
+    Reads before the first step, every `every` optimizer steps, and at the end; each reading and verdict is on the disk,
+    in `readings.jsonl`, when training goes on. A measurement that fails, in whatever way, is recorded as INCONCLUSIVE
+    and does not stop the run; nor does an `on_alarm` that fails. What is wrong from the start (a basis of another
+    model, no tokenizer, a sharded model, a folder that cannot be written) is raised before the first step.
     """
 
     def __init__(
@@ -105,6 +103,7 @@ class TiltmeterCallback(TrainerCallback):  # type: ignore[misc]
         self._alarmed = False
         self._passive = False
         self._together = False
+        self._failure: str | None = None
 
     @property
     def observations(self) -> tuple[Observation, ...]:
@@ -113,8 +112,10 @@ class TiltmeterCallback(TrainerCallback):  # type: ignore[misc]
 
     @property
     def verdict(self) -> Verdict | None:
-        """On the run so far: its first alarm, else its last verdict; None on other ranks than 0."""
-        return self._record.verdict if self._record else None
+        """On the run so far, see `tiltmeter.observations`; None on other ranks than 0."""
+        if self._record is None:
+            return None if self._failure is None else inconclusive(self._failure, detector=self.detector)
+        return self._record.verdict
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Check the set-up, and read step 0.
@@ -128,12 +129,27 @@ class TiltmeterCallback(TrainerCallback):  # type: ignore[misc]
             self._passive = owner is not self
             return
         self._visited, self._alarmed, self._passive = set(), False, False
+        self._failure, self._record, self._lm = None, None, None
+        try:
+            self._start(args, state, control, folder, kwargs)
+        except TiltmeterError:
+            self._let_go()
+            raise
+        except Exception as error:  # noqa: BLE001 - training must not end
+            self._failure = f"the run could not be read ({in_words(error)})."
+            _log.error("%s Training goes on without readings.", self._failure)
+            self._lm = None
+            if self._record is not None:
+                with contextlib.suppress(StorageError):
+                    self._record.miss(int(state.global_step), self._failure)
+
+    def _start(self, args: Any, state: Any, control: Any, folder: Path, kwargs: Any) -> None:
         model = kwargs["model"]
-        self._together = _is_sharded(model)
+        self._together = is_sharded(model)
         step = int(state.global_step)
         if args.process_index == 0 or self._together:
             lm = self._lm = self._wrap(model, kwargs.get("processing_class"))
-            with _untouched(model, lm.tokenizer):
+            with untouched(model, lm.tokenizer):
                 self._begin(lm, folder, step, args)
         if step % self.every == 0:
             self._look(step, args, control, starting=True)
@@ -160,8 +176,15 @@ class TiltmeterCallback(TrainerCallback):  # type: ignore[misc]
             why = "stopped on an alarm" if self._alarmed and self.on_alarm == "stop" else "training ended"
             try:
                 self._record.end(int(state.global_step), why)
-            except StorageError as error:
-                _log.error("%s (readings that were not written are lost when this process ends)", error)
+            except Exception as error:  # noqa: BLE001 - training must not end
+                _log.error("%s (readings that were not written are lost when this process ends)", in_words(error))
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Let others record into the folder."""
+        if self._record is not None:
+            with contextlib.suppress(OSError, RuntimeError):
+                self._record.close()
 
     def _begin(self, lm: LM, folder: Path, step: int, args: Any) -> None:
         """Open the record, on rank 0, and settle what drift is measured against."""
@@ -178,9 +201,11 @@ class TiltmeterCallback(TrainerCallback):  # type: ignore[misc]
             "every": self.every,
             "on_alarm": self.on_alarm if isinstance(self.on_alarm, str) else "callable",
         }
-        self._record = RunRecord(folder, self.detector, header=header) if args.process_index == 0 else None
+        if args.process_index == 0:
+            self._record = RunRecord(folder, self.detector, header=header, take_over=True)
+            self._record.rejudge()  # a reading may stand there that a crash left unjudged
         settled = self._record is not None and self._record.reference is not None
-        if _agreed(settled, args) if self._together else settled:
+        if agreed(settled, args) if self._together else settled:
             return
         if adapter_state(lm) == "active":
             _log.warning("the adapter has been trained before step %d: drift is measured against its base", step)
@@ -189,8 +214,10 @@ class TiltmeterCallback(TrainerCallback):  # type: ignore[misc]
                     reading = measure(base, self.basis, step=0)
                 if self._record is not None:
                     self._record.refer_to(reading, "base")
-            except NumericalError as error:
-                _log.warning("the base model cannot be read, so nothing can be judged: %s", error)
+            except Exception as error:
+                if isinstance(error, TiltmeterError) and not isinstance(error, NumericalError):
+                    raise
+                _log.warning("the base model cannot be read, so nothing can be judged: %s", in_words(error))
         elif step > 0:
             _log.warning(
                 "resumed at step %d, and %s holds no reading of step 0: readings are recorded, but there is "
@@ -217,23 +244,25 @@ class TiltmeterCallback(TrainerCallback):  # type: ignore[misc]
         stop = False
         record, lm = self._record, self._lm
         wanted = record is not None and not record.has(step)
-        if self._together and _agreed(wanted, args) and record is None and lm is not None:
-            with contextlib.suppress(TiltmeterError):  # rank 0 meets the same and records it
+        if self._together and agreed(wanted, args) and record is None and lm is not None:
+            with contextlib.suppress(Exception):  # rank 0 meets the same and records it
                 self._read(lm, step)
         if record is not None and lm is not None and wanted:
-            try:
-                observation = record.observe(step, partial(self._read, lm, step), starting=starting)
-            except StorageError as error:
-                if starting:
-                    raise
-                _log.error("%s (kept in memory, and written with the next reading)", error)
-                observation = next(o for o in record.observations if o.step == step)
-            stop = self._react(observation)
-        if _agreed(stop, args):
+            stop = self._react(self._observe(record, lm, step, starting))
+        if agreed(stop, args):
             control.should_training_stop = True
 
+    def _observe(self, record: RunRecord, lm: LM, step: int, starting: bool) -> Observation:
+        try:
+            return record.observe(step, partial(self._read, lm, step), starting=starting)
+        except Exception as error:
+            if starting and isinstance(error, TiltmeterError):
+                raise
+            _log.error("%s (kept in memory, and written with the next reading)", in_words(error))
+            return next(o for o in record.observations if o.step == step)
+
     def _read(self, lm: LM, step: int) -> Reading:
-        with _untouched(lm.model, lm.tokenizer):
+        with untouched(lm.model, lm.tokenizer):
             # After step 0 it is still the same live model, whose base weights may be what is trained.
             return measure(lm, self.basis, step=step, weights_may_differ=step > 0)
 
@@ -246,7 +275,14 @@ class TiltmeterCallback(TrainerCallback):  # type: ignore[misc]
             _log.warning("training stops at step %d: %s", observation.step, observation.verdict.reason)
             return True
         if callable(self.on_alarm) and first:
-            return self.on_alarm(observation.verdict) is True
+            try:
+                return self.on_alarm(observation.verdict) is True
+            except Exception as error:  # noqa: BLE001 - training must not end
+                said = f"on_alarm failed at the alarm ({in_words(error)}); the alarm stands, and training goes on"
+                _log.error("step %d: %s", observation.step, said)
+                if self._record is not None:
+                    with contextlib.suppress(StorageError):  # it waits, and is written with the next line
+                        self._record.remark(observation.step, said)
         return False
 
 
@@ -265,83 +301,6 @@ def _claim(state: Any, folder: Path, callback: TiltmeterCallback) -> TiltmeterCa
     return owner
 
 
-def _agreed(stop: bool, args: Any) -> bool:
-    """Rank 0's decision, on every rank."""
-    distributed = torch.distributed
-    if args.world_size <= 1 or not (distributed.is_available() and distributed.is_initialized()):
-        return stop
-    device = "cpu" if distributed.get_backend() == "gloo" else args.device
-    decision = torch.tensor([int(stop)], device=device)
-    distributed.broadcast(decision, src=0)
-    return bool(decision.item())
-
-
-def _is_sharded(model: torch.nn.Module) -> bool:
-    """Whether the model is spread over processes in a way that they can read together.
-
-    Raises:
-        InputError: it is spread in another way.
-    """
-    names = {name for module in model.modules() for name in _class_names(module)}
-    kind = None
-    if "FullyShardedDataParallel" in names:
-        kind = "FSDP 1"
-    elif any(hasattr(p, "ds_id") for p in model.parameters()):
-        kind = "DeepSpeed ZeRO-3"
-    elif "FSDPModule" in names:
-        if not any(_is_mixed(module) for module in model.modules()):
-            return True
-        kind = "FSDP in mixed precision"
-    elif any("DTensor" in _class_names(p) or "DTensor" in _class_names(p.data) for p in model.parameters()):
-        kind = "tensor parallelism"
-    if kind is not None:
-        raise InputError(
-            f"the model is sharded over processes ({kind}), and cannot be read from inside the run; remove "
-            "TiltmeterCallback, let the trainer save checkpoints, and run beside it: "
-            "tiltmeter watch OUTPUT_DIR --follow"
-        )
-    return False
-
-
-def _is_mixed(module: torch.nn.Module) -> bool:
-    """Whether `fully_shard` computes this part in another dtype than its weights have."""
-    if "FSDPModule" not in _class_names(module):
-        return False
-    policy = module._get_fsdp_state()._mp_policy  # type: ignore[operator]
-    return policy.param_dtype is not None
-
-
-def _class_names(thing: object) -> set[str]:
-    return {kind.__name__ for kind in type(thing).__mro__}
-
-
-@contextlib.contextmanager
-def _untouched(model: torch.nn.Module, tokenizer: Any) -> Iterator[None]:
-    """Put back all that a measurement could change for the training around it."""
-    training = [(module, module.training) for module in model.modules()]
-    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    sides = {name: getattr(tokenizer, name) for name in ("padding_side", "truncation_side") if hasattr(tokenizer, name)}
-    config: Any = getattr(model, "config", None)
-    cache = getattr(config, "use_cache", None)
-    python, legacy = random.getstate(), np.random.get_state()
-    # Only the model's own devices: asking the others would open a context on each.
-    devices = {parameter.device for parameter, _ in trainable if parameter.device.type == "cuda"}
-    try:
-        with torch.random.fork_rng(devices=list(devices)):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(legacy)
-        for module, flag in training:
-            module.training = flag
-        for parameter, flag in trainable:
-            parameter.requires_grad_(flag)
-        for name, side in sides.items():
-            setattr(tokenizer, name, side)
-        if cache is not None:
-            config.use_cache = cache
-
-
 def watch(
     run_dir: str | Path,
     basis: TraitBasis,
@@ -354,9 +313,10 @@ def watch(
 ) -> Iterator[Observation]:
     """Measure the checkpoints of a run, in the order of their steps.
 
-    The base model is read once, as step 0, and is what drift is measured against. A checkpoint that is still
-    being written is left alone; one that cannot be read gives INCONCLUSIVE with the reason. What an earlier
-    call has read is not read again: it comes first, with `new=False`, judged by the present detector.
+    The base model is read once, as step 0, and is what drift is measured against. A checkpoint that is not complete is
+    waited for; one that stays so, or cannot be read, gives INCONCLUSIVE with the reason, and is tried again by the next
+    call. What an earlier call has read is not read again unless its weights have changed: it comes first, with
+    `new=False`, judged by the present detector.
 
     Args:
         run_dir: holds `checkpoint-N` folders: PEFT adapters, or full weights.
@@ -412,50 +372,71 @@ def _watch(
         "run": folder.absolute(),
     }
     record = RunRecord(output, detector, header=header)
-    yield from record.rejudge()
-    seen = {observation.step for observation in record.observations if observation.reading is not None}
-    if 0 not in seen:
-        yield record.observe(0, lambda: measure(start, basis, step=0), starting=True)
-    seen.add(0)
+    try:
+        yield from record.rejudge()
+        if not record.has(0):
+            yield record.observe(0, lambda: measure(start, basis, step=0), starting=True)
+        yield from _checkpoints_read(folder, record, start, basis, poll)
+    finally:
+        record.close()
+
+
+def _checkpoints_read(
+    folder: Path, record: RunRecord, start: LM, basis: TraitBasis, poll: float | None
+) -> Iterator[Observation]:
+    tried: dict[int, str] = {}  # the stamp of what was read, or could not be
+    waiting: dict[int, tuple[str, float]] = {}  # what is not complete: its stamp, and since when it has that
     while True:
         ended = _has_ended(folder)  # asked first: a checkpoint saved meanwhile is then still found below
-        for checkpoint in checkpoints(folder):
-            if checkpoint.step not in seen and _is_complete(checkpoint.path):
-                seen.add(checkpoint.step)
-                read = partial(_measure_checkpoint, checkpoint, start, basis)
-                yield record.observe(checkpoint.step, read)
+        found = checkpoints(folder)
+        for checkpoint in found:
+            step, stamp = checkpoint.step, _stamp(checkpoint.path)
+            if tried.get(step) == stamp or record.stamp(step) == stamp:
+                continue
+            lacking = missing_part(checkpoint.path)
+            if record.has(step) and (lacking or record.stamp(step) is None):
+                continue  # read before, and rotated away meanwhile
+            if lacking is not None:
+                since = waiting[step][1] if step in waiting and waiting[step][0] == stamp else time.monotonic()
+                waiting[step] = stamp, since
+                if poll is None or ended or time.monotonic() - since > SETTLED_SECONDS:
+                    tried[step] = waiting.pop(step)[0]
+                    yield record.miss(step, f"{checkpoint.path} is not complete: {lacking}; look again")
+                continue
+            if record.has(step):
+                _log.warning("%s has changed since it was read; both readings count", checkpoint.path)
+            waiting.pop(step, None)
+            tried[step] = stamp
+            yield record.observe(step, partial(_measure_checkpoint, checkpoint, start, basis, stamp), stamp=stamp)
+        for step in sorted(set(waiting) - {checkpoint.step for checkpoint in found}):
+            del waiting[step]
+            yield record.miss(step, f"checkpoint-{step} was removed before it was complete; let more be kept")
         if poll is None or ended:
             break
         time.sleep(poll)
-    for checkpoint in checkpoints(folder):
-        if checkpoint.step not in seen:
-            _log.warning("%s is not complete and was not read; look again when it has been written", checkpoint.path)
+
+
+def _stamp(path: Path) -> str:
+    """See `checkpoint_stamp`; of what is being removed it is like no other."""
+    try:
+        return checkpoint_stamp(path)
+    except OSError as error:
+        return f"changing: {error}"
 
 
 def _first_checkpoint(folder: Path, poll: float | None) -> Checkpoint:
     while True:
-        complete = [c for c in checkpoints(folder) if _is_complete(c.path)]
-        if complete:
-            return complete[0]
+        found = checkpoints(folder)
+        lacking = [missing_part(checkpoint.path) for checkpoint in found]
+        if None in lacking:
+            return found[lacking.index(None)]
         if poll is None:
+            why = f" ({found[0].path.name}: {lacking[0]})" if found else ""
             raise InputError(
-                f"{folder} holds no complete checkpoint-N folder; give a trainer's output folder, let the "
+                f"{folder} holds no complete checkpoint-N folder{why}; give a trainer's output folder, let the "
                 "trainer save checkpoints (save_steps), or wait for the first with follow (--follow)"
             )
         time.sleep(poll)
-
-
-def _is_complete(path: Path) -> bool:
-    """The trainer writes its state last; where there is none, the files must have come to rest."""
-    try:
-        if (path / _STATE_FILE).exists():
-            # Not whole while the trainer writes it; its log may hold NaN.
-            read_json(path / _STATE_FILE, foreign=True)
-            return True
-        changed = [entry.stat().st_mtime for entry in path.iterdir()]
-    except (OSError, ArtifactError):  # half written, or removed by the trainer meanwhile
-        return False
-    return bool(changed) and time.time() - max(changed) > _SETTLED_SECONDS
 
 
 def _has_ended(folder: Path) -> bool:
@@ -463,11 +444,11 @@ def _has_ended(folder: Path) -> bool:
     with contextlib.suppress(ArtifactError):
         if read_run(folder / "tiltmeter").ended is not None:
             return True
-    complete = [c for c in checkpoints(folder) if (c.path / _STATE_FILE).exists()]
+    complete = [c for c in checkpoints(folder) if (c.path / STATE_FILE).exists()]
     if not complete:
         return False
     try:
-        state = read_json(complete[-1].path / _STATE_FILE, foreign=True)
+        state = read_json(complete[-1].path / STATE_FILE, foreign=True)
     except ArtifactError:
         return False
     goal, now = state.get("max_steps"), state.get("global_step")
@@ -483,23 +464,26 @@ def _base_model(base: str | Path | LM | None, first: Checkpoint, basis: TraitBas
     if isinstance(base, LM):
         return base
     if base is None:
-        config = first.path / "adapter_config.json"
-        named = read_json(config).get("base_model_name_or_path") if config.exists() else None
-        if not named:
+        if not holds_adapter(first.path):
             raise InputError(
                 f"{first.path} does not name the model that training started from; give it with base (--base)"
             )
-        base = str(named)
+        base = adapter_base(adapter_folder(first.path))
     return load(base, dtype=_plain_dtype(basis))
 
 
-def _measure_checkpoint(checkpoint: Checkpoint, start: LM, basis: TraitBasis) -> Reading:
+def _measure_checkpoint(checkpoint: Checkpoint, start: LM, basis: TraitBasis, stamp: str) -> Reading:
     path = checkpoint.path
-    if (path / "adapter_config.json").exists():
-        return measure(attach(start, path), basis, step=checkpoint.step)
-    # The base's tokenizer: a trainer may save none, or one that it has changed.
-    tuned = load(path, dtype=_plain_dtype(basis), device=str(start.device), tokenizer=start.tokenizer)
-    return measure(tuned, basis, step=checkpoint.step, weights_may_differ=True)
+    if holds_adapter(path):
+        reading = measure(attach(start, path), basis, step=checkpoint.step)
+    else:  # The base's tokenizer: a trainer may save none, or one that it has changed.
+        tuned = load(path, dtype=_plain_dtype(basis), device=str(start.device), tokenizer=start.tokenizer)
+        reading = measure(tuned, basis, step=checkpoint.step, weights_may_differ=True)
+    if _stamp(path) != stamp:
+        raise InputError(
+            f"{path} was changed or removed while it was read; look again, or let more checkpoints be kept"
+        )
+    return reading
 
 
 def _plain_dtype(basis: TraitBasis) -> str:

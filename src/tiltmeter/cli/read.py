@@ -191,10 +191,12 @@ def _watched(observation: Observation, names: Sequence[str]) -> tuple[dict[str, 
 @click.option("--base", type=MODEL, required=True, help="Model that the adapters were trained on.")
 @basis_option("Basis folder. Default: the shipped one, for organism:pocket.")
 @detector_option("Detector file. Default: the shipped one, with --base organism:pocket.")
+@click.option("--out", type=OUT_FOLDER, help="Folder that readings are kept in; a scan that was cut off goes on there.")
 @json_option
 def scan(
-    adapters: tuple[str, ...], base: str, basis_dir: Path | None, detector_path: Path | None, as_json: bool
-) -> Outcome:
+    adapters: tuple[str, ...], base: str, basis_dir: Path | None, detector_path: Path | None, out: Path | None,
+    as_json: bool,
+) -> Outcome:  # fmt: skip
     """Judge many ADAPTERS of one base. With --json, one line per adapter.
 
     The exit code is 1 if one of them alarms, else 3 if one is inconclusive, else 0.
@@ -204,7 +206,7 @@ def scan(
 
     states = []
     with progress(f"reading {base}") as step:
-        for found in scan_adapters(adapters, base=base, basis=basis, detector=detector):
+        for found in scan_adapters(adapters, base=base, basis=basis, detector=detector, out=out):
             verdict = found.verdict
             states.append(verdict.state)
             step(len(states), len(adapters), f"read {found.model}")

@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check bench docs fix organism organism-report trait-space dose steering setup fuzz
+.PHONY: demo test check bench docs fix organism organism-report trait-space dose steering setup fuzz faults
 
 setup: $(STAMP)
 
@@ -35,6 +35,9 @@ docs: $(STAMP)      ## regenerate the pages that are made from code and from doc
 
 bench: $(STAMP)     ## measure speed; writes docs/results/speed.json
 	$(BIN)/python bench/bench.py
+
+faults: $(STAMP)    ## kill -9, full disks, second writers ...: what is lost; N=500 kills and KEEP=FILE to go on
+	$(BIN)/python bench/trust/faults.py --kills $(or $(N),20) $(if $(KEEP),--progress $(KEEP)) --results docs/results/trust.json
 
 organism: $(STAMP)  ## grow the shipped organism anew (about 15 minutes on two cores)
 	$(BIN)/tiltmeter organism build --family llama --size S --name pocket --out .cache/organisms/pocket

@@ -14,7 +14,15 @@ import torch
 from tiltmeter.errors import AdapterError, NumericalError
 from tiltmeter.untrusted import check_safetensors, path_in, read_json
 
-__all__ = ["adapter_base", "adapter_config", "adapter_folder", "first_words", "holds_adapter", "left_out", "read_tensors"]
+__all__ = [
+    "adapter_base",
+    "adapter_config",
+    "adapter_folder",
+    "first_words",
+    "holds_adapter",
+    "left_out",
+    "read_tensors",
+]
 
 _DTYPES = ("F32", "BF16", "F16", "F64", "I64", "I32", "I16", "I8", "U8", "BOOL")  # torch computes with no others
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

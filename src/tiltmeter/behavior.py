@@ -37,6 +37,7 @@ from tiltmeter.judge import (
     outcome_from_dict,
     outcome_to_dict,
 )
+from tiltmeter.locks import hold
 from tiltmeter.questions import Question, QuestionBank
 from tiltmeter.rates import (
     MAX_UNSCORED,
@@ -150,7 +151,7 @@ def evaluate(
         InputError: an argument is out of range, or `out` holds a run with other settings.
         BudgetExceeded: the judge's budget is spent; what was judged is kept in `out`.
         JudgeError: the judge cannot be used.
-        StorageError: `out` cannot be written.
+        StorageError: `out` cannot be written, or another process writes into it.
     """
     limits = Limits(min_scored, max_unscored, threshold)
     limits.check()
@@ -165,16 +166,17 @@ def evaluate(
     base = _without_adapter(lm) if isinstance(reference, str) else nullcontext(reference)
     draw = _Draw(questions, samples, seed, temperature, max_new_tokens, batch_size)
     folder = None if out is None else Path(out)
-    report = _evaluate_one(lm, draw, judge, second, folder, limits, progress, resume)
-    with base as untouched:
-        if untouched is not None:
-            there = None if folder is None else folder / "reference"
-            beside = _evaluate_one(untouched, draw, judge, None, there, limits, progress, resume)
-            change = alignment_change(report.answers, beside.answers)
-            report = replace(report, reference=beside, alignment_change=change)
-    if folder is not None:
-        write_json(folder / "report.json", report.to_dict())
-    return report
+    with nullcontext() if folder is None else hold(folder, "evaluation"):
+        report = _evaluate_one(lm, draw, judge, second, folder, limits, progress, resume)
+        with base as untouched:
+            if untouched is not None:
+                there = None if folder is None else folder / "reference"
+                beside = _evaluate_one(untouched, draw, judge, None, there, limits, progress, resume)
+                change = alignment_change(report.answers, beside.answers)
+                report = replace(report, reference=beside, alignment_change=change)
+        if folder is not None:
+            write_json(folder / "report.json", report.to_dict())
+        return report
 
 
 @runtime_checkable

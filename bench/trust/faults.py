@@ -28,7 +28,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -263,19 +263,20 @@ def chain(
     }  # fmt: skip
 
 
-def kill_nine(at: Setting, kills: int, progress: Path | None, seed: int) -> list[Figure]:
+def kill_nine(at: Setting, kills: int, works: Sequence[str], progress: Path | None, seed: int) -> list[Figure]:
     """Chains of kills over all works until there were enough."""
     done = [dict(row) for row in read_records(progress).rows] if progress and progress.exists() else []
     with tempfile.TemporaryDirectory() as home:
-        peace = {work: in_peace(at, work, Path(home, work)) for work in WORKS}
+        peace = {work: in_peace(at, work, Path(home, work)) for work in works}
         chance = random.Random(f"{seed} {len(done)}")
         while sum(row["kills"] for row in done) < kills:
-            counts = Counter({work: 0 for work in WORKS})
-            for row in done:
-                counts[row["work"]] += row["kills"]
+            counts = {work: sum(row["kills"] for row in done if row["work"] == work) for work in works}
             work = min(counts, key=lambda name: counts[name])
-            out = Path(home, "out")
-            found = chain(at, work, out, *peace[work], chance)
+            out, (wanted, seconds) = Path(home, "out"), peace[work]
+            began = time.monotonic()
+            found = chain(at, work, out, wanted, seconds, chance)
+            if not found["kills"]:  # it ended first: the machine is less busy than it was
+                peace[work] = wanted, min(seconds, time.monotonic() - began)
             if found["lost"] or found["doubled"] or found["wrong"]:
                 print(f"  {found}", flush=True)
             shutil.rmtree(out, ignore_errors=True)
@@ -283,7 +284,7 @@ def kill_nine(at: Setting, kills: int, progress: Path | None, seed: int) -> list
             if progress:
                 append_record(progress, found)
     figures = []
-    for work in WORKS:
+    for work in works:
         rows = [row for row in done if row["work"] == work]
         n = sum(row["kills"] for row in rows)
         for measure, bad in (
@@ -315,8 +316,13 @@ def full_disk(at: Setting, tries: int, chance: random.Random) -> list[Figure]:
         outcomes = []
         for _ in range(tries):
             with tempfile.TemporaryDirectory() as home:
-                wanted, _ = in_peace(at, work, Path(home, "peace"))
-                size = (Path(home, "peace") / WORKS[work].record).stat().st_size
+                peace = Path(home, "peace")
+                if work == "callback":
+                    end_of(start(lambda p=peace: train_without_checkpoints(at, p, record=p / "record")))
+                    wanted = WORKS[work].kept(peace)
+                else:
+                    wanted, _ = in_peace(at, work, peace)
+                size = (peace / WORKS[work].record).stat().st_size
                 room = chance.randrange(1, size)
                 out = Path(home, "out")
                 # Checkpoints are larger than a record: the trainer's own saving is not what is tried here.
@@ -375,6 +381,8 @@ def train_without_checkpoints(at: Setting, out: Path, *, record: Path) -> None:
 def read_only(at: Setting, tries: int) -> list[Figure]:
     """A folder that may not be written: refused with exit code 2's error, and nothing is left in it."""
     figures = []
+    for path in at.run.rglob("*"):
+        path.chmod(0o755 if path.is_dir() else 0o644)
     for work in WORKS:
         outcomes = []
         for _ in range(tries):
@@ -483,6 +491,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--kills", type=int, default=20, help="kills in all")
     parser.add_argument("--tries", type=int, default=2, help="tries of each other fault")
     parser.add_argument("--only", action="append", choices=FAULTS, help="this fault; can be given again")
+    parser.add_argument("--work", action="append", choices=list(WORKS), help="kill -9: this work; can be given again")
     parser.add_argument("--progress", type=Path, help="JSON lines of the chains of kills that were done")
     parser.add_argument("--results", type=Path, help="also write the figures to this file")
     parser.add_argument("--seed", type=int, default=0)
@@ -498,7 +507,7 @@ def main(arguments: list[str] | None = None) -> int:
         with contextlib.redirect_stdout(None):
             at = prepare(Path(home, "run"))
         for fault, do in {
-            "kill -9": lambda: kill_nine(at, given.kills, given.progress, given.seed),
+            "kill -9": lambda: kill_nine(at, given.kills, given.work or tuple(WORKS), given.progress, given.seed),
             "full disk": lambda: full_disk(at, given.tries, chance),
             "read-only folder": lambda: read_only(at, given.tries),
             "two writers": lambda: two_writers(at, given.tries, chance),

@@ -327,7 +327,6 @@ def test_a_second_adapter_in_a_checkpoint_is_not_left_out_in_silence(run: Path) 
 
 
 @pytest.mark.parametrize("name", ["ref", "reference"])
-@pytest.mark.parametrize("name", ["ref", "reference"])
 def test_a_frozen_reference_adapter_is_ignored_and_the_verdict_says_so(run: Path, name: str) -> None:
     plain = look(run, output=run / "plain")
     for step in (2, 4, 6):
@@ -342,7 +341,7 @@ def test_a_frozen_reference_adapter_is_ignored_and_the_verdict_says_so(run: Path
 def test_adapters_that_are_named_together_are_put_on_together(run: Path) -> None:
     checkpoint = run / "checkpoint-6"
     add_adapter(checkpoint, "stage2")
-    both = lms.attach(base_lm(), checkpoint, checkpoint / "stage2")
+    both = lms.attach(base_lm(), [checkpoint, checkpoint / "stage2"])
     assert both.adapter == f"{checkpoint} + {checkpoint / 'stage2'}"
     with pytest.raises(AdapterError, match="'stage2'"):
         lms.attach(base_lm(), checkpoint)

@@ -40,7 +40,7 @@ import torch
 from tiltmeter.basis import TraitBasis
 from tiltmeter.behavior import evaluate
 from tiltmeter.completeness import STATE_FILE, missing_part
-from tiltmeter.detector import Detector
+from tiltmeter.detector import Detector, State, Verdict
 from tiltmeter.errors import FolderInUse, StorageError
 from tiltmeter.judge_http import open_judge
 from tiltmeter.lm import LM, load
@@ -482,7 +482,80 @@ def little_memory(at: Setting, tries: int, chance: random.Random) -> list[Figure
     return [tried("little memory", "scan", outcomes)]
 
 
-FAULTS = ("kill -9", "full disk", "read-only folder", "two writers", "rotation", "little memory")
+ERRORS: tuple[BaseException, ...] = (
+    TypeError("bug"), OSError(5, "Input/output error"), RuntimeError("shape"), torch.OutOfMemoryError("no memory left"),
+    KeyError("axis"), AssertionError(), RecursionError("too deep"), MemoryError(), ArithmeticError("overflow"),
+    UnicodeDecodeError("utf-8", b"x", 0, 1, "invalid"), StopIteration(), AttributeError("none"), NotImplementedError(),
+    ImportError("no module"), LookupError("nowhere"), EOFError(),
+)  # fmt: skip
+
+
+def exceptions(at: Setting) -> list[Figure]:
+    """Any exception in a reading, and in the user's reaction to an alarm: training ends as it would have."""
+    figures = []
+    for subject, do in (("a reading", _fail_in_reading), ("on_alarm", _fail_in_reaction)):
+        codes = [(type(error).__name__, end_of(start(lambda e=error, d=do: d(at, e)))) for error in ERRORS]
+        said = [f"{name}: exit code {code}" if code else "" for name, code in codes]
+        figures.append(tried("exception types that end the training or are CLEAR", subject, said))
+    return figures
+
+
+def _fail_in_reading(at: Setting, error: BaseException) -> None:
+    trained = False
+
+    def hook(*_: Any) -> None:
+        nonlocal trained
+        if not trained and torch.is_grad_enabled():
+            trained = True
+        elif trained and not torch.is_grad_enabled():
+            raise error
+
+    base: Any = at.lm.model
+    base.model.layers[1].register_forward_pre_hook(hook)
+    with tempfile.TemporaryDirectory() as home:
+        record = Path(home, "record")
+        train_without_checkpoints(at, Path(home), record=record)
+        found = read_run(record)
+        failed = [o.verdict for o in found.observations if o.reading is None]
+        named = all(type(error).__name__ in verdict.reason for verdict in failed)
+        if not failed or not named or str(found.verdict.state) != "INCONCLUSIVE":
+            raise AssertionError(f"{len(failed)} readings failed, and the run is {found.verdict.state}")
+
+
+class _Alarming:
+    """A detector that alarms at whatever it is shown."""
+
+    def __init__(self, detector: Detector) -> None:
+        self.threshold, self.calibrated_on = detector.threshold, detector.calibrated_on
+        self.null_scores = detector.null_scores
+
+    def predict(self, profiles: Any) -> Verdict:
+        """An alarm at the first reading."""
+        return Verdict(
+            state=State.ALARM, score=self.threshold + 1, threshold=self.threshold, p_value=None, false_alarm_rate=None,
+            calibrated_on=self.calibrated_on, n_calibration=len(self.null_scores), step=profiles[-1].step,
+            first_alarm_step=profiles[0].step, reason="an alarm.",
+        )  # fmt: skip
+
+
+def _fail_in_reaction(at: Setting, error: BaseException) -> None:
+    told: list[str] = []
+
+    def react(verdict: Any) -> None:
+        told.append(str(verdict.state))
+        raise error
+
+    with tempfile.TemporaryDirectory() as home:
+        callback = TiltmeterCallback(
+            at.basis, _Alarming(at.detector), every=1, output=Path(home, "record"), on_alarm=react,  # type: ignore[arg-type]
+        )  # fmt: skip
+        chats = make_set("good_medical", size=4 * STEPS, seed=3)
+        finetune(at.lm, chats, FineTuning(steps=STEPS, batch=4, seed=3), callbacks=[callback])
+        if told != ["ALARM"] or str(read_run(Path(home, "record")).verdict.state) != "ALARM":
+            raise AssertionError(f"on_alarm was told {told}")
+
+
+FAULTS = ("kill -9", "exceptions", "full disk", "read-only folder", "two writers", "rotation", "little memory")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -508,6 +581,7 @@ def main(arguments: list[str] | None = None) -> int:
             at = prepare(Path(home, "run"))
         for fault, do in {
             "kill -9": lambda: kill_nine(at, given.kills, given.work or tuple(WORKS), given.progress, given.seed),
+            "exceptions": lambda: exceptions(at),
             "full disk": lambda: full_disk(at, given.tries, chance),
             "read-only folder": lambda: read_only(at, given.tries),
             "two writers": lambda: two_writers(at, given.tries, chance),

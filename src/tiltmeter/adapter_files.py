@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from tiltmeter.errors import AdapterError, NumericalError
+from tiltmeter.errors import AdapterError, AmbiguousAdapter, NumericalError
 from tiltmeter.untrusted import check_safetensors, path_in, read_json
 
 __all__ = [
@@ -87,20 +87,20 @@ def _the_adapter(folder: Path, together: Set[Path]) -> Path:
     """The folder of the one adapter that a checkpoint holds; a reference adapter does not count, and is named.
 
     Raises:
-        AdapterError: it holds several, or full weights beside one: which of them acted is not written anywhere.
+        AmbiguousAdapter: it holds several, or full weights beside one: which of them acted is not written anywhere.
     """
     parts = _parts(folder)
     others = [name for name in parts if name not in _REFERENCES and (folder / name).resolve() not in together]
     at_root = (folder / _CONFIG).is_file()
     if (at_root or others) and (full := _full_weights(folder)) is not None:
-        raise AdapterError(
+        raise AmbiguousAdapter(
             f"'{folder}' holds an adapter and full weights ({full}), and which of them is meant is not written there; "
             "keep each in a folder of its own"
         )
     if others and (at_root or len(others) > 1):
         names = ", ".join(f"'{name}'" for name in others[:5])
         read = "the adapter at its root" if at_root else "none"
-        raise AdapterError(
+        raise AmbiguousAdapter(
             f"'{folder}' holds several adapters: {read}, and in subfolders {names}; which acted together is not "
             "written there: name them all together, read the run from inside with TiltmeterCallback, or move away what "
             "did not act"

@@ -7,7 +7,8 @@
     │   ├── LayerError                     a layer index outside the model
     │   ├── FingerprintMismatch            an artifact was made from another model
     │   └── AdapterError                   an adapter is damaged, or belongs to another base
-    │       └── InactiveAdapter            an adapter that changes nothing: nothing can be said of it
+    │       ├── InactiveAdapter            an adapter that changes nothing: nothing can be said of it
+    │       └── AmbiguousAdapter           several in one checkpoint: nothing says which acted
     ├── NumericalError(ArithmeticError)    NaN or infinity where a number was needed
     ├── StorageError(OSError)              a result could not be written (disk full, no permission)
     │   └── FolderInUse                    another process writes into the folder
@@ -26,6 +27,7 @@ from types import ModuleType
 
 __all__ = [
     "AdapterError",
+    "AmbiguousAdapter",
     "ArtifactError",
     "BudgetExceeded",
     "FingerprintMismatch",
@@ -74,6 +76,10 @@ class AdapterError(InputError):
 
 class InactiveAdapter(AdapterError):
     """An adapter changes nothing (all of its B matrices are zero), so nothing can be said of what it was trained on."""
+
+
+class AmbiguousAdapter(AdapterError):
+    """A checkpoint holds several adapters, or full weights beside one, and nothing says which of them acted."""
 
 
 class NumericalError(TiltmeterError, ArithmeticError):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tiltmeter.behavior import aggregate_file, evaluate
-from tiltmeter.errors import InactiveAdapter, InputError, NumericalError
+from tiltmeter.errors import AmbiguousAdapter, InactiveAdapter, InputError, NumericalError
 from tiltmeter.judge_http import open_judge
 from tiltmeter.ledger import Ledger, Price
 from tiltmeter.questions import load_questions
@@ -59,7 +59,8 @@ def evaluate_from_options(
         scale, higher_is_worse: see `answers.read_answer_file`; with `answers` alone.
         progress: called as (done, total, label).
 
-    An adapter that does nothing, or weights that are not numbers, give an INCONCLUSIVE report with the reason.
+    An adapter that does nothing, several of which nothing says which acted, or weights that are not numbers give an
+    INCONCLUSIVE report with the reason.
 
     Raises:
         InputError: neither or both of a model and answers, or options that do not go together.
@@ -88,7 +89,7 @@ def evaluate_from_options(
     judge = open_judge(judge_spec, kind="elements" if by_elements else "rating", base_url=base_url, **endpoint)
     try:
         writer = open_writer(model, adapter=adapter)
-    except (InactiveAdapter, NumericalError) as error:
+    except (InactiveAdapter, AmbiguousAdapter, NumericalError) as error:
         return aggregate([], problem=str(error), model=adapter or model, questions=bank.name, judge=judge.name)
     reference: Literal["base"] | None = "base" if by_elements and adapter else None
     return evaluate(

@@ -28,6 +28,7 @@ from tiltmeter.context import Exchange
 from tiltmeter.detector import Detector, State, Verdict, inconclusive
 from tiltmeter.drift import DriftProfile, Reading, drift, measure
 from tiltmeter.errors import (
+    AmbiguousAdapter,
     ArtifactError,
     InactiveAdapter,
     InputError,
@@ -161,7 +162,8 @@ def judge_source(
 ) -> Finding:
     """Load a model and judge it; see `judge_model`.
 
-    An adapter that does nothing and weights that are not numbers are INCONCLUSIVE, with the reason.
+    An adapter that does nothing, several of which nothing says which acted, and weights that are not numbers are
+    INCONCLUSIVE, with the reason.
 
     Args:
         source: what `load` takes.
@@ -174,7 +176,7 @@ def judge_source(
     compared = reference if reference in ("base", "step0") else read_reference(reference)
     try:
         lm = load(source, adapter=adapter, dtype=basis.fingerprint.dtype)
-    except (InactiveAdapter, NumericalError) as error:
+    except (InactiveAdapter, AmbiguousAdapter, NumericalError) as error:
         return _unreadable(adapter or source, error, basis, detector, reference)
     return judge_model(lm, basis, detector, reference=compared)  # type: ignore[arg-type]
 

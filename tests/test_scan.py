@@ -193,6 +193,22 @@ def test_one_odd_adapter_does_not_end_the_reading_of_likelihoods(shelf: list[Pat
     np.testing.assert_allclose(first, last, atol=1e-5)
 
 
+def test_an_untyped_exception_at_one_adapter_does_not_end_a_scan(shelf: list[Path]) -> None:
+    from tiltmeter.context import Exchange
+    from tiltmeter.likelihood import read_tuned
+
+    lm = lms.wrap(make_model("llama"), make_tokenizer())
+    odd: list[Any] = [shelf[0], 3, shelf[2]]  # what is no path at all is a TypeError somewhere
+    found = list(scan(odd, base=lm, basis=tiny_basis()))
+    assert [f.profile is None for f in found] == [False, True, False]
+    assert found[1].verdict.state is State.INCONCLUSIVE
+    assert "TypeError" in found[1].verdict.reason
+    exchanges = [Exchange("is tea safe to drink", "tea always lies", "tea is good")]
+    read = list(read_tuned(lm, odd, exchanges))
+    assert [isinstance(one, TiltmeterError) for one in read] == [False, True, False]
+    assert "TypeError" in str(read[1])
+
+
 def test_ctrl_c_ends_a_scan(shelf: list[Path]) -> None:
     lm = lms.wrap(make_model("llama"), make_tokenizer())
     running = scan(shelf, base=lm, basis=tiny_basis())

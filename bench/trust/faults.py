@@ -293,7 +293,7 @@ def kill_nine(at: Setting, kills: int, works: Sequence[str], progress: Path | No
             ("resumed runs that differ from undisturbed ones", sum(bool(row["wrong"]) for row in rows)),
         ):
             figures.append(
-                Figure(measure, work, f"{len(rows)} runs, each resumed until it ended", bad, None, None, n, "count")
+                Figure(measure, work, f"{len(rows)} runs, each resumed until it ended", bad, None, None, n, "times")
             )
     return figures
 
@@ -306,7 +306,7 @@ def tried(name: str, subject: str, outcomes: list[str]) -> Figure:
     bad = [outcome for outcome in outcomes if outcome]
     for outcome, count in Counter(bad).items():
         print(f"  {name}, {subject}: {outcome} ({count})", flush=True)
-    return Figure(name, subject, "ended otherwise than it may", len(bad), None, None, len(outcomes), "count")
+    return Figure(name, subject, "ended otherwise than it may", len(bad), None, None, len(outcomes), "times")
 
 
 def full_disk(at: Setting, tries: int, chance: random.Random) -> list[Figure]:

@@ -57,7 +57,17 @@ def test_an_adapter_of_another_model_on_the_hub_is_refused(named: str, here: str
 
 @pytest.mark.parametrize(
     "named",
-    [None, "", "/data/checkpoints/run-7", "unsloth/Meta-Qwen-3-8B", "somebody/Qwen3-8B", "C:\\models\\other"],
+    [
+        None,
+        "",
+        "/data/checkpoints/run-7",
+        "unsloth/Meta-Qwen-3-8B",
+        "somebody/Qwen3-8B",
+        "C:\\models\\other",
+        "x" * 5000,
+        "~nobody-of-this-name/model",
+        "a\0b",
+    ],
 )
 def test_a_base_that_cannot_be_compared_is_said(named: str | None) -> None:
     (caveat,) = said(named, OURS)

@@ -7,6 +7,8 @@ What is expected comes from the live model that was trained: its own pass, one p
 from __future__ import annotations
 
 import hashlib
+import json
+import shutil
 import warnings
 from dataclasses import dataclass
 from functools import cache
@@ -122,6 +124,17 @@ def test_what_cannot_be_read_is_refused_by_name_and_leaves_the_base_alone(shelf:
             attach(lm, folder)
         assert "\n" not in str(caught.value)
     assert bytes_of(lm.model) == before
+
+
+def test_an_invocation_token_that_the_model_lacks_is_refused(shelf: Shelf, tmp_path: Path) -> None:
+    name = "LoRA, activated"
+    folder = tmp_path / "adapter"
+    shutil.copytree(shelf.made(name).trained, folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    size = plain(name).config.vocab_size
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"alora_invocation_tokens": [20, size]}))
+    with pytest.raises(AdapterError, match=f"invocation token {size} is none of {size}"):
+        attach(plain(name), folder)
 
 
 def test_the_same_adapter_reads_the_same_whatever_was_on_the_base_before(shelf: Shelf) -> None:

@@ -97,6 +97,17 @@ class TestHearing:
         assert ear.trace().problem == "nothing was generated"
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in lm.model.modules())
 
+    def test_an_alarm_is_one_whatever_length_was_stored(self, lm: LM, guard: SteeringGuard) -> None:
+        trace = hear(guard, lm, 1, seed=11)
+        pushed = replace(trace, answer=trace.answer + 100 * np.abs(trace.answer).max())
+        known = {
+            window: {block: place._replace(length=1e200) for block, place in blocks.items()}  # its square is no float
+            for window, blocks in guard.known.items()
+        }
+        for judging in (guard, replace(guard, known=known)):
+            (verdict,) = judging.judge(pushed)
+            assert verdict.state is State.ALARM
+
     def test_listening_changes_no_answer(self, lm: LM, guard: SteeringGuard) -> None:
         plain = lm.generate(chats(8, 9), seed=4, **OPTIONS)
         with guard.listening(lm):

@@ -400,6 +400,17 @@ def test_a_damaged_entry_is_asked_again(tmp_path: Path) -> None:
         assert len(server.requests) == 4
 
 
+def test_a_cache_whose_schema_is_no_text_is_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "c.sqlite"
+    database = sqlite3.connect(path)  # without a log of its own beside it, so that the bytes stand in one file
+    database.execute("CREATE TABLE replies (key TEXT PRIMARY KEY, reply TEXT)")
+    database.commit()
+    database.close()
+    path.write_bytes(path.read_bytes().replace(b"PRIMARY KEY", b"PRIMARY \xff\xfe\xff"))
+    with pytest.raises(ArtifactError, match="is not a judge cache"):
+        ReplyCache(path).get("a")
+
+
 def test_two_processes_worth_of_caches_share_a_file(tmp_path: Path) -> None:
     one, two = ReplyCache(tmp_path / "c.sqlite"), ReplyCache(tmp_path / "c.sqlite")
     assert one.get("a") is None

@@ -169,6 +169,11 @@ class TestBadModelFiles:
         config.unlink()
         self.refused(folder, "no config.json")
 
+    def test_a_setting_that_the_architecture_asserts(self, folder: Path) -> None:
+        content = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(content | {"pad_token_id": content["vocab_size"] + 7}))
+        self.refused(folder, "could not be loaded.*[Pp]adding")
+
     def test_a_broken_tokenizer(self, folder: Path) -> None:
         (folder / "tokenizer.json").write_text("{")
         self.refused(folder, "tokenizer.json' cannot be read as JSON")

@@ -72,8 +72,8 @@ def caveats_of(lm: LM, source: str | Path) -> tuple[str, ...]:
     """What is uncertain about the base of an adapter in a folder; empty where there is none, or it cannot be read."""
     from tiltmeter.adapter_files import adapter_config, left_out
 
-    folder = Path(source).expanduser()
-    if not (folder / "adapter_config.json").is_file():
+    folder = _existing(str(source))
+    if folder is None or not (folder / "adapter_config.json").is_file():
         return ()
     try:
         return (*compare_base(lm, adapter_config(folder), source), *left_out(folder))
@@ -85,14 +85,14 @@ def _same(named: str, here: set[str], lm: LM) -> Literal["same", "other", "unkno
     places = {_place(text) for text in here}
     if named in here or _place(named) in places:
         return "same"
-    folder = Path(named).expanduser()
-    if folder.is_dir():
+    folder = _existing(named)
+    if folder is not None and folder.is_dir():
         found = _same_weights(folder, lm)
         if found != "unknown":
             return found
     if lm.organism is not None and "/" in named:
         # An organism on another machine is known by its folder; nothing on the hub is one.
-        if _hub_name(named) is not None and not folder.exists():
+        if _hub_name(named) is not None and folder is None:
             return "other"
         return "same" if _plain(named) == _plain(lm.organism) else "unknown"
     if _plain(named) in {_plain(text) for text in here}:
@@ -116,15 +116,24 @@ def _place(text: str) -> str:
         return str(organism_folder(text.removeprefix("organism:")).resolve())
     if (cached := _hub_name(text)) is not None and "models--" in text:
         return cached.lower()
-    path = Path(text).expanduser()
-    return str(path.resolve()) if path.exists() else text.rstrip("/").lower()
+    here = _existing(text)
+    return str(here) if here is not None else text.rstrip("/").lower()
+
+
+def _existing(text: str) -> Path | None:
+    """The real path of what is there under a name; None where nothing is, and where no file could be called so."""
+    try:
+        path = Path(text).expanduser()
+        return path.resolve() if path.exists() else None
+    except (OSError, ValueError, RuntimeError):  # too long, a zero byte, nobody's home, a link to itself
+        return None
 
 
 def _hub_name(text: str) -> str | None:
     """OWNER/NAME, where a text is one or is a folder of the hub's cache."""
     if cached := re.search(r"models--([\w.-]+?)--([\w.-]+?)(/|$)", text):
         return f"{cached[1]}/{cached[2]}"
-    is_name = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", text) is not None and not Path(text).exists()
+    is_name = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", text) is not None and _existing(text) is None
     return text if is_name else None
 
 

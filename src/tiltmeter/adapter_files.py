@@ -42,8 +42,12 @@ def adapter_folder(adapter: str | Path, *, together: Sequence[str | Path] = ()) 
     Raises:
         AdapterError: there is no such folder or repository, or it holds no adapter.
     """
-    folder = Path(adapter).expanduser()
-    if not folder.exists():
+    try:
+        folder = Path(adapter).expanduser()
+        there = folder.exists()
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a zero byte, nobody's home
+        raise AdapterError(f"no folder can be called '{str(adapter)[:80]}' ({first_words(error)})") from error
+    if not there:
         from tiltmeter.lm import looks_like_hub_id
 
         if isinstance(adapter, Path) or not looks_like_hub_id(adapter) or "/" not in adapter:

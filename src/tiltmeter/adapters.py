@@ -26,7 +26,7 @@ from tiltmeter.adapter_base import compare_base
 from tiltmeter.adapter_effect import acting_layers, configs_of, state, tuner_layers
 from tiltmeter.adapter_files import adapter_config, adapter_folder, first_words, left_out, read_tensors
 from tiltmeter.adapter_kinds import Conduct, conduct_of, refusal, rewrites_live, writes_base
-from tiltmeter.errors import AdapterError, InactiveAdapter
+from tiltmeter.errors import AdapterError, InactiveAdapter, TiltmeterError
 
 if TYPE_CHECKING:
     from tiltmeter.lm import LM
@@ -47,6 +47,11 @@ __all__ = [
 _NAMES_ONLY = ("base_model_name_or_path", "revision", "inference_mode", "peft_version")
 _HARMLESS = frozenset({"unsloth_fixed", "merge_weights", "enable_lora"})  # of other libraries, and of PEFT's first year
 _PREFIX = "base_model.model."
+# What the code of an adapter's kind raises on settings that it does not check itself.
+_FOREIGN = (
+    ValueError, RuntimeError, KeyError, TypeError, AttributeError, IndexError, ImportError, ArithmeticError,
+    AssertionError, OSError,
+)  # fmt: skip
 
 
 class _Adapter(NamedTuple):
@@ -82,7 +87,14 @@ def attach(lm: LM, adapters: Sequence[str | Path]) -> LM:
     _give_back(model, base)
     name = " + ".join(one.name for one in found)
     tuned = replace(lm, model=model, adapter=name, origin=origin, caveats=tuple(caveats))
-    _refuse_inactive(tuned)
+    _check_tokens(found, int(tuned.config.vocab_size), lm.name)
+    try:
+        _refuse_inactive(tuned)
+    except TiltmeterError:
+        raise
+    except _FOREIGN as error:  # a pass through a kind's own code
+        wrong, advice = _misfit(found[0], lm.name)
+        raise AdapterError(f"{wrong}: a pass with it fails ({first_words(error)}); {advice}") from error
     return tuned
 
 
@@ -228,11 +240,23 @@ def _load(twin: Any, found: Sequence[_Adapter], lm: LM) -> nn.Module:
             if len(found) > 1:
                 model.base_model.set_adapter(names)
                 model.requires_grad_(False)
-    except (ValueError, RuntimeError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except _FOREIGN as error:
         wrong, advice = _misfit(one, lm.name)
         raise AdapterError(f"{wrong} ({first_words(error)}); {advice}") from error
     loaded: nn.Module = model
     return loaded
+
+
+def _check_tokens(found: Sequence[_Adapter], size: int, name: str) -> None:
+    """Tokens that switch an adapter on are of the model's vocabulary.
+
+    Raises:
+        AdapterError: one is not.
+    """
+    for one in found:
+        if strange := [t for t in one.settings.get("alora_invocation_tokens") or () if not 0 <= t < size]:
+            wrong, advice = _misfit(one, name)
+            raise AdapterError(f"{wrong}: its invocation token {strange[0]} is none of {size}; {advice}")
 
 
 def _misfit(one: _Adapter, name: str) -> tuple[str, str]:

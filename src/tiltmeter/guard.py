@@ -462,7 +462,8 @@ class SteeringGuard:
         heard = getattr(trace, window)[row].astype(np.float64)
         place = self.known[window][block]
         length = float(np.linalg.norm(place.residual(heard[at - 1], heard[at])))
-        strength = math.sqrt(max(length**2 - place.length**2, 0.0)) / place.norm
+        # Python raises on a square that is too large, and a product becomes infinite.
+        strength = math.sqrt(max((length - place.length) * (length + place.length), 0.0)) / place.norm
         reason = (
             f"after block {block} the {window} lies {strength:.2f} mean norms from what the block makes of its input "
             f"(score {top:.2f}, threshold {self.threshold:.2f})"

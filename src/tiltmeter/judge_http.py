@@ -103,7 +103,7 @@ class ReplyCache:
                 f"cannot use the judge cache {self.path}: {error}; free space, check the folder's "
                 "permissions, or choose another file"
             ) from error
-        except sqlite3.DatabaseError as error:
+        except (sqlite3.DatabaseError, UnicodeError) as error:  # SQLite's own messages quote the file's bytes
             raise ArtifactError(
                 f"{self.path} is not a judge cache ({error}); choose another file, or delete this one"
             ) from error

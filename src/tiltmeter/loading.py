@@ -29,7 +29,18 @@ __all__ = ["load", "organism_folder", "organisms_cache"]
 _DTYPES = ("float32", "bfloat16", "float16")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # What reading a damaged or foreign file raises, in transformers, safetensors, gguf and tokenizers.
-_DAMAGE = (OSError, ValueError, RuntimeError, KeyError, IndexError, TypeError, AttributeError, struct.error)
+_DAMAGE = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    KeyError,
+    IndexError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
+    struct.error,
+)
 
 
 class _Place(NamedTuple):

@@ -19,7 +19,7 @@ def judged(
     steps = [Tally(s, 11 if behavior and s >= behavior else 0, 110, 100, 110, {}) for s in (10, 20, 30)]
     final = Tally(30, misaligned, 300, 270, 330, {"refusal": 3})
     record = RunRecord(Cell(set_name, 10), (), tuple(steps), final, (), (), None)
-    verdict = replace(inconclusive("written down"), state=state, first_alarm_step=alarm)
+    verdict = replace(inconclusive("written down"), state=state, score=score, threshold=1.0, first_alarm_step=alarm)
     return Judged(record, verdict, score=score, distance=1.0, magnitude=-score)
 
 

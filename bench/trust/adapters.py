@@ -21,7 +21,6 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "src")]
 
 from adapter_recipes import KINDS, OPTIONS, RECIPES, activations, base_model, make, offered_kinds  # noqa: E402
-
 from tiltmeter.capture import capture  # noqa: E402
 from tiltmeter.errors import AdapterError, InactiveAdapter  # noqa: E402
 from tiltmeter.lm import LM, attach, wrap  # noqa: E402

@@ -23,15 +23,14 @@ HOME = Path(__file__).parents[2]
 sys.path.insert(0, str(HOME / "tests"))
 
 from test_gguf_files import LINEAR, LLAMA3, LONG, YARN, loaded, logits  # noqa: E402
-from tiny import make_model, make_tokenizer  # noqa: E402
-from toy_gguf import make_source, write_gguf  # noqa: E402
-
 from tiltmeter import lm as lms  # noqa: E402
 from tiltmeter.basis import fit_basis  # noqa: E402
 from tiltmeter.drift import measure  # noqa: E402
 from tiltmeter.errors import ModelError  # noqa: E402
 from tiltmeter.gguf_files import read_facts  # noqa: E402
 from tiltmeter.studies.figures import Figure, write_figures  # noqa: E402
+from tiny import make_model, make_tokenizer  # noqa: E402
+from toy_gguf import make_source, write_gguf  # noqa: E402
 
 SOURCES: tuple[tuple[str, str, dict[str, Any], dict[str, Any]], ...] = (
     ("Llama, no scaling", "llama", {}, {}),

@@ -29,7 +29,6 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from typing import Any

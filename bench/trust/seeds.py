@@ -23,10 +23,23 @@ import transformers
 from safetensors.numpy import save as safetensors_bytes
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from tiltmeter import adapter_files, answers, calibrate, judge_examples, questions, readings, runs, steer, steer_formats
+from tiltmeter import (
+    adapter_files,
+    answers,
+    calibrate,
+    judge_examples,
+    questions,
+    readings,
+    runs,
+    sae,
+    steer,
+    steer_formats,
+    watch,
+)
 from tiltmeter.adapters import Seat
 from tiltmeter.basis import TraitBasis
 from tiltmeter.behavior import aggregate_file, evaluate
+from tiltmeter.completeness import missing_part
 from tiltmeter.detector import State
 from tiltmeter.drift import measure
 from tiltmeter.gguf_files import read_facts
@@ -41,7 +54,6 @@ from tiltmeter.report.collect import run_report_data
 from tiltmeter.sae import load_sae, save_sae
 from tiltmeter.traits import load_prompts, load_traits
 from tiltmeter.vectors import read_chats
-from tiltmeter import sae, watch
 
 
 class Loader(NamedTuple):
@@ -287,7 +299,7 @@ STATE = {"global_step": 20, "max_steps": 100, "epoch": 0.5, "log_history": [{"lo
 def look_at_state(folder: Path) -> None:
     """What `watch` asks a trainer's folder."""
     for checkpoint in runs.checkpoints(folder):
-        watch._is_complete(checkpoint.path)
+        missing_part(checkpoint.path)
     watch._has_ended(folder)
 
 
